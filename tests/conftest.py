@@ -17,7 +17,6 @@ from experiments.engine.ranks import PRELOADED
 # Tests import these in ranks. Each would take a tenth of a second there, or more.
 PRELOADED.extend(
     [
-        "scmoe.training.assembly.start",
         "scmoe.training.run.train",
         "pytest",
         "tests.support.commands",

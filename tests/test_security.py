@@ -77,7 +77,6 @@ def test_a_key_is_in_no_file_of_a_run_and_in_no_file_s_name(tmp_path):
 WITH_KEYS = """
 import json, os, subprocess, sys
 from scmoe.config.load import load
-from scmoe.training.assembly.start import Start
 from scmoe.training.run.train import train
 folder, keys, *overrides = sys.argv[1:]
 os.chdir(folder)
@@ -92,7 +91,7 @@ config = load(None, [
     "trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.max_steps=2",
     "logger.mode=offline", "runs_dir=runs", *overrides,
 ])
-assert train(Start.of(config), overrides)["steps"] == 2
+assert train(config, overrides)["steps"] == 2
 """
 
 

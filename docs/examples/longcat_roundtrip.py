@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LongcatFlashConfig, LongcatFlashF
 
 import scmoe
 from scmoe.cli.export import main as export
-from scmoe.training.assembly.start import Start
 from scmoe.training.run.train import train
 
 SIZES: dict[str, Any] = {
@@ -86,7 +85,7 @@ def main() -> None:
         config = scmoe.load_config(
             PRESET, [*WORDS, f"init_from=hf:{first}", f"runs_dir={place}/runs"]
         )
-        summary = train(Start.of(config))
+        summary = train(config)
         assert summary is not None
         export(Path(summary["run_dir"]), format="hf", out=last)
         again = AutoModelForCausalLM.from_pretrained(last).eval()

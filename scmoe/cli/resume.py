@@ -24,9 +24,8 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
 
     step, settings = split_step(overrides)
     config, resumed = resumption(run_dir, settings, step)
-    from scmoe.training.assembly.start import Start
     from scmoe.training.run.train import train
 
-    summary = train(Start.of(config), settings, resumed)
+    summary = train(config, settings, resumed)
     if summary is not None:
         print_result(summary)

@@ -22,9 +22,8 @@ def start(config: str, /, *overrides: KeyValue) -> None:
     from scmoe.config.load import load
 
     settings = load(config, overrides)
-    from scmoe.training.assembly.start import Start
     from scmoe.training.run.train import train
 
-    summary = train(Start.of(settings), overrides)
+    summary = train(settings, overrides)
     if summary is not None:
         print_result(summary)

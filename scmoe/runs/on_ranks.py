@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from scmoe.files import relative
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
 from scmoe.runs.trained import check_export
-from scmoe.training.assembly.start import Start
+from scmoe.training.assembly.model import build_module
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.machine import check_devices, check_resident
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint, refuse_other_model
@@ -109,9 +111,8 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     """
     check_resident(config)
     silence_lightning()
-    start = Start.of(config)
-    module = start.module(init_from=None)
-    trainer = start.trainer([], [])
+    module = build_module(replace(config, init_from=None))
+    trainer = build_trainer(config, [], [])
     exported = weights.suffix == EXPORT
     with warnings.catch_warnings():
         for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):

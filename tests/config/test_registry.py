@@ -37,8 +37,7 @@ from scmoe.training.assembly.model import (
     build_model_on_meta,
     build_module,
 )
-from scmoe.training.assembly.start import Start
-from scmoe.training.run.machine import check_machine
+from scmoe.training.run.train import checked_model
 from scmoe.weights.hf_config import hf_config
 from scmoe.weights.pretrained import model_settings
 from tests.support.models import TINY
@@ -152,7 +151,7 @@ def test_a_router_that_gives_no_usable_weights_is_refused_by_its_name_at_the_sta
     with pytest.raises(
         ConfigError, match=rf"moe\.router is 'mine' \(tests\.config\.test_registry.*{wrong}"
     ):
-        check_machine(Start.of(load(None, [*TINY, "moe.router=mine"])))
+        checked_model(load(None, [*TINY, "moe.router=mine"]))
 
 
 def test_a_score_may_make_tensors_and_reach_its_highest_value():

@@ -15,9 +15,9 @@ from scmoe.config.extras import scmoe as scmoe_command
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
-from scmoe.training.assembly.start import Start
-from scmoe.training.run.resumed import Resumed
-from scmoe.training.run.train import open_run
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.run.output import open_output
+from scmoe.training.run.resume import Resumed
 from tests.support.commands import Done, command_here
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
@@ -117,11 +117,9 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     resumed = command("resume", *resume, named[0], f"callbacks.{name}.every=8")
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
     (checkpoint,) = (folder / "runs/latest/checkpoints").glob("step=3.ckpt")
-    stopped = open_run(
-        Start.of(load("configs/debug.yaml", named)),
-        (),
-        Resumed(folder / "runs/latest", checkpoint, None),
-    )
+    config = load("configs/debug.yaml", named)
+    going_on = Resumed(folder / "runs/latest", checkpoint, None)
+    stopped = open_output(config, build_model_on_meta(config), (), going_on)
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err, stopped:
         raise SystemExit
     assert (

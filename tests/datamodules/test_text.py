@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scmoe.datamodules.tokenizer import make_tokenizer
-from scmoe.training.samples import SAMPLE_TEXTS, first_lines
+from scmoe.training.run.samples import SAMPLE_TEXTS, first_lines
 from tests.support.texts import open_texts, write_texts
 
 

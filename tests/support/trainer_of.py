@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
-from scmoe.config.derived import last_step, resolve_ep_size
 from scmoe.config.fields import Config
-from scmoe.training.assembly.trainer import build_strategy, build_trainer
+from scmoe.training.assembly.trainer import build_trainer
 
 
 def trainer_of(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
     """Return the Trainer. Its Strategy has no estimates of a rank's memory."""
-    strategy = build_strategy(config, resolve_ep_size(config))
-    return build_trainer(config, callbacks, loggers, strategy, last_step(config))
+    return build_trainer(config, callbacks, loggers)

@@ -13,7 +13,6 @@ from experiments.engine.ranks import run_ranks
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.assembly.start import Start
 from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train
 from scmoe.weights.hf_folder import write_folder
@@ -103,13 +102,13 @@ def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int
     config = config_of(
         "moe", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1"
     )
-    first = train(Start.of(config))
+    first = train(config)
     (folder / "moe.safetensors").unlink()
     config, resumed = resumption(Path(first["run_dir"]), ["trainer.max_steps=2"])
     assert config.moe.zero_experts == 3
     with pytest.raises(ConfigError, match=r"moe\.zero_experts is 2, allowed: 3"):
         resumption(Path(first["run_dir"]), ["moe.zero_experts=2"])
-    last = train(Start.of(config), (), resumed)
+    last = train(config, (), resumed)
     return first["steps"], last["steps"]
 
 

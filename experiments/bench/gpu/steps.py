@@ -44,7 +44,6 @@ from scmoe.planning.clock import in_turn, median, seconds
 from scmoe.runs.seen import SeenRun
 from scmoe.schedule.cost import Span
 from scmoe.training.assembly.model import build_model, build_model_on_meta
-from scmoe.training.assembly.start import Start
 from scmoe.training.run.train import train as run_training
 
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
@@ -227,7 +226,7 @@ def train(place: Place) -> dict[str, Any]:
         accelerator = f"trainer.accelerator={'gpu' if place.device == 'cuda' else 'cpu'}"
         config = shipped_config(place, "quickstart.yaml", *words, accelerator, *QUIET)
         start = time.perf_counter()
-        summary = run_training(Start.of(config))
+        summary = run_training(config)
         taken_s = time.perf_counter() - start
         assert summary is not None
         losses = [

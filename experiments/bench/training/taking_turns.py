@@ -30,7 +30,6 @@ from scmoe.moe.router import Router
 from scmoe.planning.clock import median
 from scmoe.planning.planner import Overlap
 from scmoe.runs.seen import SeenRun
-from scmoe.training.assembly.start import Start
 from scmoe.training.assembly.trainer import register_callback
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.run.train import train
@@ -173,7 +172,7 @@ def trained(
         words = [*words, "callbacks.turns={}", "logger.mode=disabled"]
         if rank == 0:
             words.append(f"runs_dir={folder}")
-        summary = train(Start.of(load(config, words)), quiet=True)
+        summary = train(load(config, words), quiet=True)
         if summary is None:
             return {}
         run = SeenRun(Path(summary["run_dir"]))

@@ -1,9 +1,13 @@
 """What the training of a config asks of each of its ranks, in numbers."""
 
+from dataclasses import replace
+from typing import Any
+
 from scmoe.config.derived import resolve_ep_size, samples_of_rank
 from scmoe.config.fields import Config
 from scmoe.config.rules import possible_batches
-from scmoe.parallel.dense.memory import RankJob
+from scmoe.parallel.dense.dense_auto import possible_modes
+from scmoe.parallel.dense.memory import RankJob, rank_memory
 
 
 def rank_job(config: Config) -> RankJob:
@@ -23,3 +27,14 @@ def rank_job(config: Config) -> RankJob:
         wire_bytes=None if config.strategy.wire_dtype is None else 2,
         batches_in_flight=max(possible_batches(config)),
     )
+
+
+def dense_estimates(config: Config, model: Any) -> dict[str, float] | None:
+    """Return for each mode of dense weights the bytes that a rank needs at most, activations
+    included; None where strategy.dense names the mode. model: the whole network, on the meta
+    device."""
+    job = rank_job(config)
+    if job.dense != "auto":
+        return None
+    modes = possible_modes(model, job.ranks, job.dp_size, job.node_size)
+    return {mode: rank_memory(model, replace(job, dense=mode))["total"] for mode in modes}

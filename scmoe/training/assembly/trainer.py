@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from scmoe.config.derived import last_step, resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
@@ -128,15 +129,12 @@ def timing_conditions(config: Config) -> dict[str, Any]:
 
 
 def build_strategy(
-    config: Config, ep_size: int, dense_estimates: Mapping[str, float] | None = None
+    config: Config, dense_estimates: Mapping[str, float] | None = None
 ) -> ExpertParallelStrategy:
-    """Return the Strategy.
-
-    dense_estimates: for strategy.dense=auto, as ExpertParallelStrategy takes them.
-    """
+    """Return the Strategy. dense_estimates: for strategy.dense=auto, as it takes them."""
     strategy = config.strategy
     return ExpertParallelStrategy(
-        ep_size,
+        resolve_ep_size(config),
         strategy.timeout_s,
         async_checkpoint=strategy.async_checkpoint,
         dense=strategy.dense,
@@ -148,10 +146,10 @@ def build_trainer(
     config: Config,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
-    strategy: ExpertParallelStrategy,
-    last_step: int,
+    dense_estimates: Mapping[str, float] | None = None,
 ) -> Trainer:
-    """Return the Trainer. ConfigError: Lightning's Trainer does not take trainer.extra."""
+    """Return the Trainer with its Strategy. dense_estimates: as `build_strategy` takes them.
+    ConfigError: Lightning's Trainer does not take trainer.extra."""
     trainer = config.trainer
     threads = cpu_threads(config)
     # Lightning's launcher sets the number too, before `setup`.
@@ -161,9 +159,9 @@ def build_trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
-            strategy=strategy,
+            strategy=build_strategy(config, dense_estimates),
             precision=trainer.precision,
-            max_steps=last_step,
+            max_steps=last_step(config),
             max_epochs=-1,
             accumulate_grad_batches=trainer.accumulate,
             val_check_interval=trainer.val_every * trainer.accumulate,

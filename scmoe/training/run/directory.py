@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,8 +28,8 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files import read_json, redacted, relative, replacing, try_to_write_json, warn_once
-from scmoe.parallel.checkpoint.durable import checkpoints, machine, process_start
+from scmoe.files import read_json, redacted, replacing, try_to_write_json, warn_once
+from scmoe.parallel.checkpoint.durable import machine, process_start
 from scmoe.parallel.container_memory import GIB
 
 # Keys that are not in a run's name.
@@ -181,18 +181,29 @@ def refuse_without_checkpoint(run_dir: Path, which: str = "last") -> None:
         raise ConfigError(why_no_checkpoint(run_dir, which))
 
 
-def how_to_continue(run_dir: Path, own_classes: Sequence[str]) -> str:
-    """Return the command that resumes a run, or that there is nothing to resume. own_classes: words
-    of the command, as RunParts has them."""
-    command = scmoe("resume", relative(run_dir), *own_classes)
-    saved = checkpoints(run_dir / "checkpoints")
-    return f"to continue: {command}" if saved else "no checkpoint was saved. Start the run again"
-
-
 # The state of a run is running, finished, failed or cut. A killed process cannot write `cut`: it
 # leaves `running` with its id and start time, which is read as `cut` once the process no longer
 # exists. Another machine or container cannot see the process. So a training run touches its file,
 # and there it counts as running until the file has not been touched for SILENT_S.
+
+
+@contextmanager
+def kept_state(run_dir: Path) -> Iterator[None]:
+    """Keep the state of the run that this process makes: running while the block runs, then
+    `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else
+    `failed`."""
+    ended = show_life(run_dir)
+    state = "failed"
+    write_state(run_dir, "running")
+    try:
+        yield
+        state = "finished"
+    except SystemExit:
+        state = "cut"
+        raise
+    finally:
+        ended.set()
+        write_state(run_dir, state)
 
 
 def write_state(run_dir: Path, state: str) -> None:

@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from scmoe.config.as_yaml import to_yaml
+from scmoe.config.derived import shortened
 from scmoe.config.fields import Config
 from scmoe.lightning.stop import INTERRUPTED
-from scmoe.training.assembly.start import Start
-from scmoe.training.run.machine import LAUNCHERS, check_machine
-from scmoe.training.run.train import train
+from scmoe.training.run.machine import LAUNCHERS
+from scmoe.training.run.train import checked_model, train
 
 OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -37,14 +37,14 @@ def train_from_python(config: Config) -> Path | None:
     if config.trainer.devices == 1 or config.trainer.num_nodes > 1 or launched:
         summary = _train_here(config)
     else:
-        check_machine(Start.of(config))  # errors of the other process would be lines of text
+        checked_model(shortened(config))  # errors of the other process would be lines of text
         summary = _train_in_another_process(config)
     return None if summary is None else Path(summary["run_dir"]).absolute()
 
 
 def _train_here(config: Config) -> dict[str, Any] | None:
     try:
-        return train(Start.of(config))
+        return train(config)
     except SystemExit as error:
         if error.code == INTERRUPTED:
             raise KeyboardInterrupt from error

@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from torch import nn
 
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
@@ -30,7 +31,8 @@ from scmoe.lightning.seam.launch import rank_without_trainer
 from scmoe.models.model_cost import forward_flops, training_flops
 from scmoe.parallel.container_memory import GIB, memory_in_use, memory_limit
 from scmoe.parallel.dense.memory import rank_memory
-from scmoe.training.run.parts import RunParts
+from scmoe.training.assembly.model import updated_by_muon
+from scmoe.training.assembly.rank_job import rank_job
 from scmoe.training.threads import cpu_threads
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
@@ -62,24 +64,20 @@ def is_rank_zero() -> bool:
     return rank_without_trainer() == 0 and node == 0
 
 
-def check_machine(start: RunParts) -> None:
+def check_machine(config: Config, model: nn.Module) -> None:
     """Raise ConfigError if this machine cannot run the training within the limits of memory and
     time.
 
-    Rank 0 alone checks folders and free memory: they can change while the other ranks start.
+    model: the whole network, on the meta device. Rank 0 alone checks folders and free memory: they
+    can change while the other ranks start.
     """
-    # Imported here, as benches run without W&B.
-    from scmoe.training.run.wandb_logger import check_wandb
-
-    config = start.config
-    check_wandb(config, needs_key=is_rank_zero())
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
         require("analysis", "matplotlib")
     check_devices(config)
     if is_rank_zero():
         refuse(config, _folders)
-        check_size(start)
+        check_size(config, model)
 
 
 def check_devices(config: Config) -> None:
@@ -168,17 +166,16 @@ def why_not_writable(folder: Path) -> str | None:
         return str(error)
 
 
-def check_size(start: RunParts) -> None:
+def check_size(config: Config, model: nn.Module) -> None:
     """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
-    config = start.config
     trainer = config.trainer
     gpu = has_gpus(config)
     limit = trainer.max_memory_gib or free_gib(config)
-    job = replace(start.job, on_gpu=gpu)
+    job = replace(rank_job(config), on_gpu=gpu)
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the mode that needs least
 
-    memory = rank_memory(start.model, job, start.updated_by_muon())
+    memory = rank_memory(model, job, updated_by_muon(config, model))
     needed = memory["total"] / GIB + (0 if gpu else PROCESS_GIB)
     if needed > limit:
         room = f"{limit:.3g} GiB are free"
@@ -190,7 +187,7 @@ def check_size(start: RunParts) -> None:
             f" trainer.max_memory_gib={ROUNDED_UP * needed:.3g} starts it anyway."
         )
 
-    flops = training_flops(forward_flops(start.model, job.seq_len), job.recompute)
+    flops = training_flops(forward_flops(model, job.seq_len), job.recompute)
     flops *= job.samples * job.accumulate
     seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))
     if seconds > trainer.max_step_s:

@@ -1,5 +1,5 @@
-"""Reads a run back: its checkpoint, the configuration of its weights, and what a resumption may
-change.
+"""Reads a run back: its checkpoint, the configuration of its weights, what a resumption may change,
+and what a resumed run sets aside.
 
     config.yaml                 how the run began; it never changes
     config-from-20.yaml         how it was resumed from step 20
@@ -9,17 +9,20 @@ its weights other settings.
 """
 
 import re
+import sys
+import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from scmoe.config.derived import max_steps, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
+from scmoe.files import read_json, relative
 from scmoe.parallel.checkpoint.durable import (
     UNREAD,
     BrokenCheckpoint,
@@ -31,7 +34,6 @@ from scmoe.parallel.checkpoint.durable import (
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import why_no_checkpoint
-from scmoe.training.run.resumed import Resumed, record_path
 
 STEP_OVERRIDE = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
@@ -53,6 +55,15 @@ MAY_CHANGE = (
 # A training that goes on keeps these: they decide which samples come next, and Lightning counts
 # batches.
 MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
+
+
+class Resumed(NamedTuple):
+    """A run that goes on. step: the one that the user named; later ones are set aside. None: the
+    newest."""
+
+    run_dir: Path
+    checkpoint: Path
+    step: int | None
 
 
 def find_checkpoint(run_dir: Path, which: Which = "last", share: slice = slice(None)) -> Path:
@@ -158,10 +169,11 @@ def resumption(
     this, and reads its share of them later. ConfigError: there is no such checkpoint, a setting
     would make another model or experiment, or fewer steps are asked for than are done.
     """
-    if step is None:
-        checkpoint = find_checkpoint(run_dir, share=UNREAD)
-    else:
-        checkpoint = verified_checkpoint(run_dir, step)
+    checkpoint = (
+        find_checkpoint(run_dir, share=UNREAD)
+        if step is None
+        else verified_checkpoint(run_dir, step)
+    )
     done = read_manifest(checkpoint)["step"]
     was = checkpoint_config(checkpoint, named(overrides))
     earlier = record_path(run_dir, done)
@@ -210,3 +222,42 @@ def refuse_other_model(
             raise ConfigError(
                 f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}"
             )
+
+
+def set_aside_later(run_dir: Path, step: int) -> None:
+    """Move checkpoints and configurations after this step to set-aside/ of the run.
+
+    These steps are done again. Otherwise the next resumption would take one of them as the newest.
+    """
+    later = [
+        path
+        for path in run_dir.glob("config-from-*.yaml")
+        if int(path.stem.rpartition("-")[2]) > step
+    ]
+    for path in checkpoints(run_dir / "checkpoints"):
+        with suppress(BrokenCheckpoint):
+            if read_manifest(path)["step"] > step:
+                later.append(path)
+    set_aside(run_dir, later)
+
+
+def set_aside(run_dir: Path, paths: Sequence[Path]) -> None:
+    """Move files or checkpoints to set-aside/ of the run."""
+    for path in paths:
+        aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+        print(f"set aside: {relative(path)} is now {relative(aside)}", file=sys.stderr, flush=True)
+
+
+def record_path(run_dir: Path, step: int) -> Path:
+    """Return where the configuration of a resumption from this step is kept."""
+    return run_dir / f"config-from-{step}.yaml"
+
+
+def summary_if_done(run: Resumed, last_step: int) -> dict[str, Any] | None:
+    """Return the summary of a run that has done all its steps; None where steps or the summary are
+    missing."""
+    summary = read_json(run.run_dir / "summary.json")
+    is_done = summary.get("steps") == last_step <= read_manifest(run.checkpoint)["step"]
+    return summary if is_done and run.step is None else None

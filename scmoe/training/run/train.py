@@ -1,52 +1,33 @@
-"""Runs one training, from its directory to its report. Every rank calls `train`.
-
-What is trained comes in as `RunParts`, which assembly/start.py makes from a configuration.
-"""
+"""Runs one training, from its checks to its summary. Every rank calls `train`."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-
-from scmoe.config.as_yaml import to_yaml
-from scmoe.files import relative, try_to_write_json
-from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, read_manifest
-from scmoe.report import console
+from scmoe.config.derived import last_step, max_steps, shortened
+from scmoe.config.fields import Config
+from scmoe.datamodules.positioned import PositionedDataModule
+from scmoe.datamodules.text import TextDataModule
+from scmoe.files import warn_once
+from scmoe.training.assembly.data import build_datamodule, prepare_data
+from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
+from scmoe.training.assembly.rank_job import dense_estimates
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.callbacks.kept_config import KeptConfig
-from scmoe.training.run.directory import (
-    create_run_dir,
-    how_to_continue,
-    refuse_running,
-    show_life,
-    write_config,
-    write_state,
-)
-from scmoe.training.run.loggers import (
-    build_loggers,
-    close_loggers,
-    describe,
-    log_inputs,
-    log_results,
-)
+from scmoe.training.run.directory import refuse_running
 from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
-from scmoe.training.run.parts import RunParts
-from scmoe.training.run.printout import listed, print_start, print_summary, say_done, summarise
-from scmoe.training.run.resumed import (
-    Resumed,
-    record_path,
-    set_aside,
-    set_aside_later,
-    summary_if_done,
-)
+from scmoe.training.run.output import open_output, say_done
+from scmoe.training.run.resume import Resumed, summary_if_done
+from scmoe.training.run.samples import sample_text
+from scmoe.training.run.summary import summarise
+from scmoe.training.run.wandb_logger import check_wandb
 
 
 def train(
-    start: RunParts,
+    config: Config,
     overrides: Sequence[str] = (),
     resumed: Resumed | None = None,
     quiet: bool = False,
@@ -54,113 +35,81 @@ def train(
     """Train and return the summary, which is also in the run directory; return None on ranks other
     than 0.
 
-    start: the configuration and its parts. resumed: the run to continue; None starts a new run. A
-    run that is done is not touched. quiet: print neither the config nor the summary, for example
-    where the run directory is temporary.
+    overrides: the words of the command, for the directory's name. resumed: the run to continue;
+    None starts a new run. A run that is done is not touched. quiet: print neither the config nor
+    the summary, for example where the run directory is temporary.
     """
-    config = start.config
+    config = shortened(config)
     if resumed is not None:
-        if (done := summary_if_done(resumed, start.last_step)) is not None:
-            return say_done(resumed.run_dir, done, start) if is_rank_zero() else None
+        if (done := summary_if_done(resumed, last_step(config))) is not None:
+            return say_done(resumed.run_dir, done, config) if is_rank_zero() else None
         if is_rank_zero():
             refuse_running(resumed.run_dir)
 
     silence_lightning()
-    check_machine(start)
+    model = checked_model(config)
     keep_freed_memory()
-    data = start.data()
-    init_from = config.init_from if resumed is None else None  # a checkpoint has its own weights
+    # A checkpoint has its own weights.
+    to_build = config if resumed is None else replace(config, init_from=None)
+    seed_everything(config)
+    data = build_datamodule(config)
     if is_rank_zero():
-        start.prepare(init_from, data)
+        prepare(to_build, model, data)
 
-    with open_run(start, overrides, resumed, quiet) as (directory, loggers):
-        if directory is not None:
-            log_inputs(loggers, start.redacted, data.state_dict())
-            if resumed is not None and resumed.step is not None:
-                set_aside_later(directory, resumed.step)
-        module = start.module(init_from)
-        callbacks = [KeptConfig(start.redacted), *start.callbacks(directory)]
-        trainer = start.trainer(callbacks, loggers)
-        try:
-            trainer.fit(module, data, ckpt_path=resumed and resumed.checkpoint, weights_only=True)
-        except BrokenCheckpoint as error:  # its content; names and sizes were verified before
-            if directory is not None and resumed is not None:
-                set_aside(directory, [resumed.checkpoint])
-                error.add_note(
-                    "The damaged checkpoint is set aside. Resume again to go on from the one before"
-                    " it."
-                )
-            raise
+    with open_output(config, model, overrides, resumed, quiet) as output:
+        output.log_inputs(data)
+        module = build_module(to_build)
+        callbacks = [KeptConfig(output.public), *build_callbacks(config, output.directory)]
+        estimates = dense_estimates(config, model)
+        trainer = build_trainer(config, callbacks, output.loggers, estimates)
+        trainer.fit(module, data, ckpt_path=resumed and resumed.checkpoint, weights_only=True)
+        summary = output.keep_summary(summarise(trainer, module, data))
+        samples = sample_text(trainer, module, data)
+        output.log_results(trainer, summary, samples)
 
-        summary = summarise(trainer, module, data)
-        if directory is not None:
-            summary = {"run_dir": str(relative(directory)), **summary}
-            try_to_write_json(directory / "summary.json", summary)
-        samples = start.samples(trainer, module, data)
-        if directory is not None:
-            load = directory / "analysis" / "expert_load.png"
-            checkpoints = trainer.checkpoint_callbacks
-            log_results(loggers, trainer.global_step, samples, load, summary, checkpoints)
-
-    if directory is None or not trainer.is_global_zero:
+    if not trainer.is_global_zero:
         return None
-    if not quiet:
-        print_summary(directory, summary, samples, start)
+    output.print_summary(summary, samples)
     return summary
 
 
-@contextmanager
-def open_run(
-    start: RunParts, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
-) -> Iterator[tuple[Path | None, list[Logger]]]:
-    """Open the run and print what it will do, unless quiet; on exit, close its loggers and write
-    its last state.
+def checked_model(config: Config) -> Any:
+    """Return the whole network on the meta device, where this machine can train it. ConfigError: it
+    cannot, or an extension's network cannot be used."""
+    check_wandb(config, needs_key=is_rank_zero())
+    model = build_model_on_meta(config)
+    check_machine(config, model)
+    return model
 
-    Yields the directory and the loggers; on ranks other than 0, None and none. resumed: the run
-    to continue, whose config.yaml stays as the run began; None creates a directory. The last state
-    is `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else
-    `failed`.
-    """
-    if not is_rank_zero():
-        yield None, []
-        return
-    config = start.config
-    text = to_yaml(start.redacted)
-    step = None
-    if resumed is None:
-        run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, text)
-    else:
-        run_dir = resumed.run_dir
-        step = read_manifest(resumed.checkpoint)["step"]
-        write_config(record_path(run_dir, step), text)
 
-    loggers: list[Logger] = []
-    state = "failed"
-    ended = show_life(run_dir)
-    write_state(run_dir, "running")
-    try:
-        if not quiet:
-            print_start(start, run_dir, resumed and resumed.checkpoint)
-        loggers = build_loggers(start.redacted, run_dir, step)
-        if not quiet:
-            console().print(f"metrics go to {listed([*map(describe, loggers)])}")
-        yield run_dir, loggers
-        state = "finished"
-    except SystemExit:
-        state = "cut"
-        print(
-            f"stopped; {how_to_continue(run_dir, start.own_classes)}", file=sys.stderr, flush=True
+def prepare(config: Config, model: Any, data: PositionedDataModule) -> None:
+    """Check the initial weights and prepare the data, before other ranks are started. ConfigError:
+    they cannot be used."""
+    kind, _, path = (config.init_from or "").partition(":")
+    if kind:
+        initial_weights(config, model)  # its checks, before data is prepared
+    prepare_data(data, Path(path) if kind == "scmoe" else None)
+    for text in doubts(config, data):
+        warn_once(text)
+
+
+def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
+    """Yield a warning for each setting that runs but is probably a mistake."""
+    warmup = config.optim.warmup_steps
+    steps = max_steps(config)
+    if warmup > steps and not config.trainer.fast_dev_run:
+        yield (
+            f"optim.warmup_steps is {warmup} and the run has {steps} steps: the rate never"
+            " reaches optim.lr"
         )
-        raise
-    except Exception as error:
-        error.add_note(how_to_continue(run_dir, start.own_classes))
-        raise
-    finally:
-        ended.set()
-        try:
-            close_loggers(loggers, "success" if state == "finished" else "failed")
-        finally:
-            write_state(run_dir, state)
+    if isinstance(data, TextDataModule) and data.tokenizer_kind == "bpe":
+        num_tokens = data.tokenizer.vocab_size
+        if num_tokens < data.vocab_size:
+            yield (
+                f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of"
+                f" {num_tokens} tokens: the last {data.vocab_size - num_tokens} rows of the"
+                " embedding are never trained"
+            )
 
 
 def silence_lightning() -> None:

@@ -18,7 +18,7 @@ from scmoe.parallel.dense.fsdp_units import units
 from scmoe.parallel.dense.memory import RankJob, Split
 from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_model_on_meta, build_module
-from scmoe.training.assembly.start import Start, dense_estimates
+from scmoe.training.assembly.rank_job import dense_estimates
 from scmoe.training.modules import LanguageModel
 from tests.support.cases import ARCHITECTURES, split
 from tests.support.comparison import assemble, assert_same
@@ -191,17 +191,15 @@ def test_auto_takes_the_first_way_that_has_room():
 
 @pytest.mark.representative
 def test_auto_of_a_config_counts_activations():
-    few, many = (
-        dense_estimates(Start.of(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)))
-        for n in (8, 64)
-    )
+    configs = [tiny(f"strategy.dense=auto data.global_batch_size={n}", 4) for n in (8, 64)]
+    few, many = (dense_estimates(config, build_model_on_meta(config)) for config in configs)
     assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)
 
 
 def test_auto_splits_no_expert_whose_width_cannot_be_split():
     """`sharded` is refused there: three ranks hold each expert, of width 16."""
     config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
-    assert list(dense_estimates(Start.of(config))) == ["replicated"]
+    assert list(dense_estimates(config, build_model_on_meta(config))) == ["replicated"]
     assert list(memory_estimates(build_model_on_meta(config), Mesh(world_size=3), node_size=3)) == [
         "replicated"
     ]

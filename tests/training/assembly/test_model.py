@@ -13,7 +13,7 @@ from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.runs.on_ranks import config_without_training
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.assembly.start import doubts
+from scmoe.training.run.train import doubts
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(

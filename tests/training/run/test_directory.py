@@ -1,31 +1,21 @@
-"""The name of a run's directory shows how the run differs from others; its last state is right
-however it ends."""
+"""The name of a run's directory shows how the run differs from others; what is needed to run it
+again is kept."""
 
 import errno
 import json
 import os
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 
-from scmoe.config.as_yaml import changes_to_yaml
 from scmoe.config.extras import scmoe
-from scmoe.config.load import load, load_text
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
-from scmoe.training.assembly.start import Start
-from scmoe.training.run import train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, environment, slug_of
 from scmoe.training.run.loggers import csv_logger
-from scmoe.training.run.printout import print_start, resume_command, summary_panel
-from scmoe.training.run.resumed import Resumed
-from scmoe.training.run.train import open_run
 from tests.support.commands import rows_of
 
 LONG = [
@@ -117,136 +107,6 @@ def test_two_runs_of_one_second_have_two_directories(tmp_path):
     }
     assert len(dirs) == 4
     assert (tmp_path / "latest").resolve() in dirs
-
-
-@pytest.mark.parametrize(
-    ("error", "state"),
-    [(None, "finished"), (SystemExit(0), "cut"), (ValueError("x"), "failed")],
-    ids=str,
-)
-def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monkeypatch):
-    closed = []
-    monkeypatch.setattr(
-        train, "close_loggers", lambda loggers, status: closed.append((len(loggers), status))
-    )
-    raised = None
-    try:
-        with open_run(
-            Start.of(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"])), [], None
-        ) as (directory, _):
-            assert json.loads((directory / "state.json").read_text())["state"] == "running"
-            if error is not None:
-                raise error
-    except (SystemExit, ValueError) as caught:
-        raised = caught
-    assert raised is error, "it is not swallowed"
-    assert json.loads((directory / "state.json").read_text())["state"] == state
-    assert closed == [(1, "success" if error is None else "failed")]
-
-
-def test_a_run_that_cannot_open_its_loggers_has_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "build_loggers", lambda *_, **__: 1 / 0)
-    with (
-        pytest.raises(ZeroDivisionError),
-        open_run(Start.of(load(None, [f"runs_dir={tmp_path}"])), [], None),
-    ):
-        pass
-    assert json.loads((tmp_path / "latest" / "state.json").read_text())["state"] == "failed"
-
-
-def test_a_path_with_brackets_is_printed_as_it_is(tmp_path, capsys):
-    print_start(Start.of(load(None, [])), tmp_path, tmp_path / "[/x]" / "a[lr]")
-    assert f"continuing from {tmp_path}/[/x]/a[lr]" in capsys.readouterr().err
-
-
-def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaults(
-    tmp_path, capsys
-):
-    config = load(
-        None,
-        [
-            f"runs_dir={tmp_path}",
-            "moe.position=pos3",
-            "logger.mode=disabled",
-            "trainer.max_steps=7",
-        ],
-    )
-    with open_run(Start.of(config), [], None, quiet=True):
-        assert capsys.readouterr().err == ""
-    with open_run(Start.of(config), [], None) as (run_dir, _):
-        said = capsys.readouterr().err
-    assert "position: pos3" in said and "optim:" not in said
-    text = changes_to_yaml(config)
-    assert text in said and load_text(text, "shown") == config == load_text(
-        (run_dir / "config.yaml").read_text(), ""
-    )
-    assert changes_to_yaml(load(None)) == ""
-
-
-def test_the_summary_says_what_is_of_the_validation_and_what_of_the_training():
-    loads = {
-        "load_max_ratio": 2.1,
-        "drop_share": 0.25,
-        "step_load_max": 1.5,
-        "rank_load_max": 1.2,
-        "step_drop": 0.125,
-    }
-    others = dict.fromkeys(("val_loss", "tokens_per_s", "model_tflops"))
-    summary = {
-        **loads,
-        **others,
-        "steps": 4,
-        "steps_here": 4,
-        "world_size": 1,
-        "ep_size": 1,
-        "skipped": 0,
-        "run_dir": "runs/a",
-    }
-    with (printed := Console(width=200, file=StringIO())).capture() as shown:
-        printed.print(summary_panel(summary, []))
-    lines = shown.get().splitlines()
-    for number, part in (
-        ("2.10", "validation"),
-        ("25.00%", "validation"),
-        ("1.50", "training"),
-        ("12.50%", "training"),
-    ):
-        (line,) = [line for line in lines if number in line]
-        assert part in line
-    assert "on 1 rank," in shown.get()
-    idle = {**summary, **dict.fromkeys(("step_load_max", "rank_load_max", "step_drop"))}
-    with printed.capture() as shown:
-        printed.print(summary_panel({**idle, "steps_here": 0}, []))
-    assert "no step was left to do" in shown.get() and "too few steps" not in shown.get()
-
-
-def test_other_ranks_open_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with open_run(
-        Start.of(load(None, [f"runs_dir={tmp_path}"])), [], Resumed(tmp_path / "a", tmp_path, None)
-    ) as opened:
-        assert opened == (None, [])
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("words", "steps", "more"),
-    [
-        ((), 20, " trainer.max_steps=40"),
-        ((), 7, ""),  # stopped early: its schedule stays
-        (("trainer.limit_train_batches=7",), 7, " trainer.limit_train_batches=null"),
-        (
-            ("extensions=[docs.examples.my_architecture]",),
-            7,
-            " extensions=[docs.examples.my_architecture]",
-        ),
-    ],
-)
-def test_the_command_that_trains_further_can_be_used(words, steps, more, tmp_path):
-    command = resume_command(
-        tmp_path, steps, Start.of(load(None, ["trainer.max_steps=20", *words]))
-    )
-    assert command.replace("'", "").endswith(f"resume {tmp_path}{more}")
 
 
 def test_another_checkpoint_of_the_same_name_has_results_of_its_own(tmp_path):

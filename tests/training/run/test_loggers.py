@@ -57,12 +57,11 @@ def scenario(folder: Path) -> None:
     from lightning.pytorch import Callback
 
     from scmoe.config.load import load
-    from scmoe.training.assembly import start
     from scmoe.training.callbacks.load_chart import draw_load
     from scmoe.training.run import train as run
     from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
-    from scmoe.training.run.printout import sync_command
+    from scmoe.training.run.output import sync_command
     from scmoe.training.run.resume import resumption
 
     def report(name: str, server: WandbServer, **more: Any) -> None:
@@ -93,7 +92,7 @@ def scenario(folder: Path) -> None:
                 )
             else:
                 config, resumed = resumption(run_dir, overrides)
-            summary = run.train(start.Start.of(config), (), resumed)
+            summary = run.train(config, (), resumed)
         report(name, server, summary=summary, said=said.getvalue())
         return said.getvalue()
 
@@ -168,11 +167,11 @@ def scenario(folder: Path) -> None:
             if trainer.global_step == 3:
                 server.close()
 
-    plain, wandb_logger.FINISH_TIMEOUT_S = start.build_callbacks, 2.0
-    start.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
+    plain, wandb_logger.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
+    run.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
     server = WandbServer()
     said = training(server, "trouble", "logger.mode=auto")
-    start.build_callbacks = plain
+    run.build_callbacks = plain
 
     with wandb_server() as server:
         command(server, *said.rpartition("to upload all of it: ")[2].splitlines()[0].split())

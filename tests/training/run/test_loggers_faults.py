@@ -125,20 +125,19 @@ import resource, sys
 from lightning.pytorch import Callback
 from scmoe.config.load import load
 from scmoe.lightning.seam.saves import LastCheckpoint
-from scmoe.training.assembly import start
-from scmoe.training.run.train import train
+from scmoe.training.run import train
 class NoRoom(Callback):
     def on_train_start(self, trainer, module):
         _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit))
-made = start.build_callbacks
+made = train.build_callbacks
 def build_callbacks(*arguments):
     callbacks = made(*arguments)
     for callback in callbacks:
         if isinstance(callback, LastCheckpoint):
             callback.save_top_k = 0  # a checkpoint that cannot be written is an error (fault 4)
     return [*callbacks, NoRoom()]
-start.build_callbacks = build_callbacks
+train.build_callbacks = build_callbacks
 config = load(None, [
     "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4",
     "moe.architecture=dgmoe", "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8",
@@ -147,5 +146,5 @@ config = load(None, [
     "trainer.checkpoint_every=100", "logger.mode=disabled", "trainer.max_steps=4",
     "analysis.gating_every=1", "analysis.similarity_every=2", "runs_dir=" + sys.argv[1],
 ])
-print(f"went on: {train(start.Start.of(config))['steps']} steps")
+print(f"went on: {train.train(config)['steps']} steps")
 """

@@ -13,9 +13,9 @@ from torch.distributed import DistNetworkError
 from scmoe.config.load import load
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import container_memory
-from scmoe.training.assembly.start import Start
 from scmoe.training.run import machine
-from scmoe.training.run.machine import check_machine, is_rank_zero
+from scmoe.training.run.machine import is_rank_zero
+from scmoe.training.run.train import checked_model
 from scmoe.training.run.wandb_logger import wandb_mode
 from scmoe.training.threads import cpu_threads
 from tests.support.commands import called
@@ -66,7 +66,7 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
     assert number_in(line, r"a rank needs about (\S+) GiB") > number_in(line, r"(\S+) GiB are free")
     line = refusal(tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib=(\S+) starts it anyway")
-    check_machine(Start.of(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"])))
+    checked_model(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
 
 
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
@@ -99,7 +99,7 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path):
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
     line = refusal(tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s=(\S+) starts it anyway")
-    check_machine(Start.of(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"])))
+    checked_model(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
 
 
 # ---------------------------------------------------------------------- devices and launchers

@@ -6,9 +6,7 @@ import wandb
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.training.assembly import start
-from scmoe.training.assembly.start import Start
-from scmoe.training.run import machine
+from scmoe.training.run import train
 from scmoe.training.run.wandb_logger import has_wandb_key, wandb_logger
 
 OURS, LAB = "api.wandb.ai", "http://wandb.lab:8080"
@@ -48,9 +46,9 @@ def test_online_without_a_key_is_refused_before_anything_is_built(words, tmp_pat
         "WANDB_MODE": "online",
     }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(start, "build_model_on_meta", None)
+    monkeypatch.setattr(train, "build_model_on_meta", None)
     with pytest.raises(ConfigError, match="is online, but no key"):
-        machine.check_machine(Start.of(load(None, [*words, f"runs_dir={tmp_path}"])))
+        train.checked_model(load(None, [*words, f"runs_dir={tmp_path}"]))
 
 
 def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeypatch):
