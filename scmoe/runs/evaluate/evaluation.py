@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from scmoe.models.halves import sizes_of_halves
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
 from scmoe.planning.plan_file import in_flight_at
+from scmoe.report import console
 from scmoe.runs.evaluate.scoring import (
     BATCH_TOKENS,
     Forward,
@@ -121,7 +121,7 @@ def read_material(config: Config, weights: Path, request: EvaluationRequest) -> 
     text = open_text(data, request.text) if isinstance(data, SequenceDataModule) else None
     tasks: list[Asked] = []
     if isinstance(data, TextDataModule):
-        with Console(stderr=True).status("reading tasks"):  # on a terminal; lm-eval takes seconds
+        with console().status("reading tasks"):  # on a terminal; lm-eval takes seconds
             tasks = read_tasks(request)
     if request.limit is not None and not tasks:
         raise ConfigError(

@@ -36,8 +36,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import decode, padded, prefill
 from scmoe.inference.sampling import Stopping
-from scmoe.runs.evaluate.progress import progress_counter
-from scmoe.runs.evaluate.scoring import Scorer, batches
+from scmoe.runs.evaluate.scoring import Scorer, batches, progress_counter
 
 # The text between query and choice, as in lm-eval's tasks of these names. Others have a space.
 PROMPTS = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "boolq": "\nAnswer:"}

@@ -9,8 +9,9 @@ or all of them where there are fewer.
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich.progress import Progress
 from torch import Tensor
 
 from scmoe.config.leaves import ConfigError
@@ -25,7 +27,7 @@ from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.parallel.mesh import Mesh
-from scmoe.runs.evaluate.progress import progress_counter
+from scmoe.report import console, say
 from scmoe.training.modules import cross_entropy_sum
 
 # Tokens of a batch, padding included. With a vocabulary of 50,000 its logits take 0.4 GB.
@@ -300,3 +302,17 @@ def score_text(
         "window": scorer.context,
         "stride": stride,
     }
+
+
+@contextmanager
+def progress_counter(part: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is called with each number of further items that are done. It shows how
+    far an evaluation is, on standard error: a bar on a terminal, elsewhere a line for each part.
+
+    total: of the items. part: what they are items of, in words.
+    """
+    screen = console()
+    if not screen.is_terminal:
+        say(part)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        yield partial(progress.advance, progress.add_task(part, total=total))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from scmoe.datamodules.sequences import SequenceDataModule
-from scmoe.runs.evaluate import progress
+from scmoe.runs.evaluate import scoring
 from scmoe.runs.evaluate.scoring import Scorer, Text, score_test_split, score_text, scored_windows
 from tests.support.models import tiny, tiny_model
 
@@ -119,8 +119,8 @@ def test_each_part_is_named_before_its_first_pass(capsys):
 
 def test_the_progress_of_an_evaluation_reaches_its_end_on_a_terminal(monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(progress, "Console", lambda stderr: screen)
-    with progress.progress_counter("my text", 7) as advance:
+    monkeypatch.setattr(scoring, "console", lambda: screen)
+    with scoring.progress_counter("my text", 7) as advance:
         advance(3)
         advance(4)
     assert "my text" in screen.file.getvalue() and "100%" in screen.file.getvalue()
