@@ -25,9 +25,9 @@ from scmoe.inference.offload.store import Read, StoreError, expert_layers, write
 from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
 from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.assembly.rank_job import cpu_threads
 from scmoe.training.run.machine import has_gpus
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint
-from scmoe.training.threads import cpu_threads
 from scmoe.weights.families import READERS
 from scmoe.weights.hf_config import OUR_MODEL_TYPE, dropless, our_config
 from scmoe.weights.pretrained import (

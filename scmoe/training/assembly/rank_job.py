@@ -1,5 +1,6 @@
 """What the training of a config asks of each of its ranks, in numbers."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -38,3 +39,12 @@ def dense_estimates(config: Config, model: Any) -> dict[str, float] | None:
         return None
     modes = possible_modes(model, job.ranks, job.dp_size, job.node_size)
     return {mode: rank_memory(model, replace(job, dense=mode))["total"] for mode in modes}
+
+
+def cpu_threads(config: Config) -> int:
+    """Return the CPU threads of one rank."""
+    if config.trainer.threads is not None:
+        return config.trainer.threads
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has no such function
+    usable = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    return max(1, usable // config.trainer.devices)

@@ -20,6 +20,7 @@ from scmoe.config.rules import possible_batches
 from scmoe.lightning.seam.progress_bar import StepProgressBar
 from scmoe.lightning.seam.saves import BestCheckpoints, LastCheckpoint, Patience
 from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.training.assembly.rank_job import cpu_threads
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.callbacks.expert_load import ExpertLoad
@@ -29,7 +30,6 @@ from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
-from scmoe.training.threads import cpu_threads
 
 register_callback = CALLBACKS.register
 

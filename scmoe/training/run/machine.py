@@ -32,8 +32,7 @@ from scmoe.models.model_cost import forward_flops, training_flops
 from scmoe.parallel.container_memory import GIB, memory_in_use, memory_limit
 from scmoe.parallel.dense.memory import rank_memory
 from scmoe.training.assembly.model import updated_by_muon
-from scmoe.training.assembly.rank_job import rank_job
-from scmoe.training.threads import cpu_threads
+from scmoe.training.assembly.rank_job import cpu_threads, rank_job
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
     "torchrun": TorchElasticEnvironment,

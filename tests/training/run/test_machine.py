@@ -13,11 +13,11 @@ from torch.distributed import DistNetworkError
 from scmoe.config.load import load
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import container_memory
+from scmoe.training.assembly.rank_job import cpu_threads
 from scmoe.training.run import machine
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.train import checked_model
 from scmoe.training.run.wandb_logger import wandb_mode
-from scmoe.training.threads import cpu_threads
 from tests.support.commands import called
 from tests.support.exports import dense, export
 
