@@ -40,20 +40,21 @@ def train(
     the summary, for example where the run directory is temporary.
     """
     config = shortened(config)
+    is_first = is_rank_zero()
     if resumed is not None:
         if (done := summary_if_done(resumed, last_step(config))) is not None:
-            return say_done(resumed.run_dir, done, config) if is_rank_zero() else None
-        if is_rank_zero():
+            return say_done(resumed.run_dir, done, config) if is_first else None
+        if is_first:
             refuse_running(resumed.run_dir)
 
     silence_lightning()
-    model = checked_model(config)
     keep_freed_memory()
+    model = checked_model(config)
     # A checkpoint has its own weights.
     to_build = config if resumed is None else replace(config, init_from=None)
     seed_everything(config)
     data = build_datamodule(config)
-    if is_rank_zero():
+    if is_first:
         prepare(to_build, model, data)
 
     with open_output(config, model, overrides, resumed, quiet) as output:
