@@ -1,7 +1,8 @@
-"""The plan of a run, plan.json: what the planner has measured and chosen, and how many batches were
-in flight from which step on."""
+"""The plan of a run, plan.json: what the planner has measured and chosen, how many batches were in
+flight from which step on, and whether a resumed run may take it."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +70,19 @@ def in_flight_at(plan: Plan, steps: int) -> int:
     first choice. The steps in which a choice is made again count as those of the choice before."""
     numbers = [batches for since, batches in in_flight_from(plan) if since < steps]
     return numbers[-1] if numbers else 1
+
+
+def kept_plan(path: Path, conditions: Mapping[str, Any]) -> Plan:
+    """Return the plan that a run has kept, if it is valid under these conditions. NO_PLAN: there is
+    none, or it is refused; a line on standard error then says why, as the plan is measured
+    again."""
+    if not path.exists():
+        return NO_PLAN
+    try:
+        return read_plan(path, conditions)
+    except ValueError as error:
+        print(f"plan: measured again, because {error}", file=sys.stderr, flush=True)
+        return NO_PLAN
 
 
 def read_plan(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from scmoe.planning.plan_file import (
     NO_PLAN,
     Plan,
     in_flight_from,
+    kept_plan,
     plan_from_json,
     plan_to_json,
-    read_plan,
     up_to,
 )
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
@@ -103,15 +103,12 @@ class AdaptiveSchedule(Callback):
     def take_kept_plan(self, trainer: Trainer, planner: Planner) -> bool:
         """Make the planner follow the plan of the resumed run, if it is valid here too. Return
         whether it is."""
-        kept: Any = None
-        if self.plan is not None and self.plan.exists():
-            try:
-                kept = read_plan(self.plan, self.conditions)
-            except ValueError as error:
-                print(f"plan: measured again, because {error}", file=sys.stderr, flush=True)
+        kept = NO_PLAN
+        if self.plan is not None:
+            kept = kept_plan(self.plan, self.conditions)
             self.earlier = up_to(read_json(self.plan), trainer.global_step)
-        kept = trainer.strategy.broadcast(kept)
-        if kept is None:
+        kept = trainer.strategy.broadcast(dict(kept))
+        if not kept:
             return False
         planner.take(plan_from_json(kept))
         self.shown, self.show_what_ran = planner.choices, True
