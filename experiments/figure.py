@@ -43,7 +43,7 @@ def main(
         raise ConfigError(f"Picture {number} is drawn from no source. Leave {sources[0]!r} out")
     if number != 13 and offloading != USUAL_OFFLOADING:
         raise ConfigError(f"Fig. {number} has no option but --out. Leave the options of 13 out")
-    from scmoe.config.extras import require
+    from scmoe.config.installation import require
 
     require("figure", "matplotlib")
     if number == 13:

@@ -4,7 +4,7 @@ import sys
 from experiments.table import TABLE_DEFAULTS
 from experiments.tables.table_file import TableOptions, check_scale, load_table, table_names
 from scmoe.command_line import call
-from scmoe.config.extras import require
+from scmoe.config.installation import require
 from scmoe.report import print_result, say
 
 

@@ -2,7 +2,7 @@ import sys
 
 from experiments.tables.table_file import TableOptions, check_scale, load_table
 from scmoe.command_line import call
-from scmoe.config.extras import require
+from scmoe.config.installation import require
 from scmoe.files import read_json
 from scmoe.report import print_result, say
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import App, CycloptsError, Parameter, validators
 
 from scmoe import __version__
-from scmoe.config.extras import CHECKOUT, explained, scmoe
+from scmoe.config.installation import CHECKOUT, explained, scmoe
 from scmoe.config.leaves import ConfigError, show_typed
 from scmoe.report import console
 

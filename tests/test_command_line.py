@@ -13,8 +13,8 @@ from experiments.bench.other_settings import InferenceSetting
 from scmoe import __version__, command_line
 from scmoe.cli.generate import Options as GenerateOptions
 from scmoe.command_line import LABORATORY, VERBS, build_app, call, verb_module
-from scmoe.config import extras
-from scmoe.config.extras import scmoe
+from scmoe.config import installation
+from scmoe.config.installation import scmoe
 
 ROOT = Path(__file__).parents[1]
 SUBVERBS = [
@@ -159,7 +159,7 @@ def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
     monkeypatch.setattr(
-        extras, "own_program", lambda: program
+        installation, "own_program", lambda: program
     )  # test_extras.py tests which one that is
     monkeypatch.setenv("PATH", "/usr/bin")
     assert scmoe("runs", "a b") == f"'{program}' runs 'a b'"
@@ -167,7 +167,7 @@ def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
     assert scmoe("runs") == "'my venv/bin/scmoe' runs"
     monkeypatch.setenv("PATH", str(program.parent))
     assert scmoe("runs") == "scmoe runs"
-    monkeypatch.setattr(extras, "own_program", lambda: None)
+    monkeypatch.setattr(installation, "own_program", lambda: None)
     monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
     assert scmoe("runs") == "'my venv/bin/python' -m scmoe runs"
 

@@ -30,7 +30,7 @@ from experiments.engine.bars import bar_legend, bars_height, grouped_bars
 from experiments.figures.unmeasured import pair, timelines
 from scmoe.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.config.derived import SHORTCUTS
-from scmoe.config.extras import scmoe
+from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.predict.row_names import PIPELINED, name_of
 from scmoe.runs.seen import open_run

@@ -92,7 +92,7 @@ def is_list(word: str) -> bool:
 def advise_each(config: str, words: Sequence[str], listed: str) -> None:
     """Print a line and the JSON of each value of a list, and draw the speed-ups. listed: the word
     that has the list."""
-    from scmoe.config.extras import require
+    from scmoe.config.installation import require
     from scmoe.report import Report, say
 
     require("scmoe advise with a list", "matplotlib")

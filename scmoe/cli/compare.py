@@ -13,7 +13,7 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
         more: other runs
         out: picture
     """
-    from scmoe.config.extras import require, scmoe
+    from scmoe.config.installation import require, scmoe
     from scmoe.report import console
     from scmoe.runs.seen import ONE_LINE, open_run
 

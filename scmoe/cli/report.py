@@ -16,7 +16,7 @@ def main(*sources: str, to: Path = Path("report.html"), last: Count = 12) -> Non
         to: the page
         last: how many of the newest runs of a folder
     """
-    from scmoe.config.extras import require
+    from scmoe.config.installation import require
 
     require("report", "matplotlib")
     from scmoe import __version__

@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 from scmoe.command_line import KeyValue
-from scmoe.config.extras import require, scmoe
+from scmoe.config.installation import require, scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.report import print_result, say
 

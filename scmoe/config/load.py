@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf, __version__
 
-from scmoe.config.extras import refuse_old_omegaconf, scmoe
 from scmoe.config.fields import Config
+from scmoe.config.installation import refuse_old_omegaconf, scmoe
 from scmoe.config.leaves import ConfigError, leaves, show, show_typed
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import validate

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import steps_for
-from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
+from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import mapping_of, parse_yaml, read_text
 from scmoe.config.registry import IMAGES

@@ -11,7 +11,7 @@ import pytest
 
 import scmoe
 from experiments.engine.ranks import run_ranks
-from scmoe.config.extras import scmoe as scmoe_command
+from scmoe.config.installation import scmoe as scmoe_command
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from scmoe.command_line import call
-from scmoe.config.extras import scmoe
+from scmoe.config.installation import scmoe
 from scmoe.sweeps import trials
 from tests.support.commands import ROOT, Done
 from tests.support.toy_sweep import toy_job

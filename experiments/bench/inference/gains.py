@@ -37,7 +37,7 @@ from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, bars_height, grouped_bars
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import BLUE, GREEN, PAPER, RED, chart, heading
-from scmoe.config.extras import require
+from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
 from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_suffix
 from scmoe.planning.clock import median, quartiles

@@ -17,7 +17,7 @@ from experiments.bench.row import from_json, to_json
 from experiments.engine.bars import Bar, bar_legend, bars_height, grouped_bars
 from experiments.engine.isolated import follow_caller
 from scmoe.charts import BLUE, PAPER, RED, SKY, chart, heading, title
-from scmoe.config.extras import require
+from scmoe.config.installation import require
 from scmoe.predict.row_names import name_of
 from scmoe.report import Report, publish
 

@@ -27,7 +27,7 @@ from experiments.bench.row import Row, to_json
 from experiments.bench.setting import PAIR_TOKENS, USUAL_RATIO, Setting
 from experiments.engine import links
 from experiments.engine.ranks import run_ranks
-from scmoe.config.extras import require
+from scmoe.config.installation import require
 from scmoe.loads import BALANCED, loads_suffix
 from scmoe.planning.clock import median
 from scmoe.report import publish

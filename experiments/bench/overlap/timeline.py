@@ -21,7 +21,7 @@ from experiments.bench.stacks import Variant
 from experiments.engine.gantt import draw
 from experiments.engine.profiles import recorded
 from experiments.engine.ranks import run_ranks
-from scmoe.config.extras import require
+from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder

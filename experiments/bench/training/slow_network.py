@@ -43,8 +43,8 @@ from experiments.bench.two_batches import over_best_top2
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import chart, heading
 from scmoe.config.derived import max_steps, samples_of_rank
-from scmoe.config.extras import require
 from scmoe.config.fields import Config
+from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_suffix

@@ -19,8 +19,8 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 from scmoe.config.derived import samples_of_rank
-from scmoe.config.extras import require
 from scmoe.config.fields import Config
+from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from scmoe.config.extras import CHECKOUT
+from scmoe.config.installation import CHECKOUT
 from scmoe.config.leaves import ConfigError
 from scmoe.files import read_json
 from scmoe.predict.row_names import row_in_words

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.derived import max_steps
-from scmoe.config.extras import explained
 from scmoe.config.fields import Config
+from scmoe.config.installation import explained
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import DATASETS
 from scmoe.datamodules.positioned import PositionedDataModule

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from scmoe.blocks.build import Parts
 from scmoe.blocks.sublayers import MLP, recompute_activations
 from scmoe.config.derived import max_steps
-from scmoe.config.extras import require
 from scmoe.config.fields import Config
+from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
 from scmoe.models.decoder import GPT, Llama

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.config.extras import install_command
+from scmoe.config.installation import install_command
 from scmoe.files import try_to_append, try_to_draw, try_to_write
 from scmoe.moe.balance import SINGLE_STEPS, load_metrics, over_steps, step_load
 from scmoe.training.callbacks.collapse import CollapseAlarm

@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.extras import scmoe
+from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.files import read_json, redacted, replacing, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import machine, process_start

@@ -17,8 +17,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from scmoe.config.extras import install_command
 from scmoe.config.fields import Config
+from scmoe.config.installation import install_command
 from scmoe.config.leaves import flatten
 from scmoe.files import warn_once
 from scmoe.training.run.wandb_logger import HAS_WANDB, SafeWandbLogger, wandb_logger, wandb_mode

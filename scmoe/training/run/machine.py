@@ -22,8 +22,8 @@ from lightning.pytorch.plugins.environments import (
 )
 from torch import nn
 
-from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
+from scmoe.config.installation import install_command, require
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.refuse import Refusals, Remedy, refuse
 from scmoe.config.registry import IMAGES

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from scmoe.config.as_yaml import changes_to_yaml, to_yaml
 from scmoe.config.derived import max_steps, word_for_steps
-from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
+from scmoe.config.installation import scmoe
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.files import redacted, relative, try_to_write_json

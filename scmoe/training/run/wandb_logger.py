@@ -23,8 +23,8 @@ from urllib.parse import urlparse
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
-from scmoe.config.extras import require
 from scmoe.config.fields import Config
+from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError, show
 from scmoe.files import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest

@@ -153,7 +153,7 @@ def test_results_are_merged_by_what_was_asked(runs, tmp_path, monkeypatch):
 )
 def test_a_wrong_request_is_one_line(runs, words, says, monkeypatch):
     if "mine" in words:
-        monkeypatch.setattr("scmoe.config.extras.find_spec", lambda name: None)
+        monkeypatch.setattr("scmoe.config.installation.find_spec", lambda name: None)
     done = called("evaluate", str(runs["scmoe"]), *words)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
     assert says in done.err

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.config.extras import scmoe
+from scmoe.config.installation import scmoe
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, environment, slug_of
 from scmoe.training.run.loggers import csv_logger

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.command_line import call
-from scmoe.config.extras import scmoe
+from scmoe.config.installation import scmoe
 from scmoe.config.load import load
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import verify

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from scmoe.config.extras import scmoe
+from scmoe.config.installation import scmoe
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from tests.support.commands import TRAIN, children, resume_in_ranks, rows_of, running
 

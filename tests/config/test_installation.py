@@ -12,8 +12,8 @@ import pytest
 
 from scmoe.cli import list as verb
 from scmoe.command_line import call
-from scmoe.config import extras
-from scmoe.config.extras import EXTRAS, explained, install_command, require
+from scmoe.config import installation
+from scmoe.config.installation import EXTRAS, explained, install_command, require
 from scmoe.config.leaves import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +47,8 @@ def test_the_table_is_that_of_the_project():
 def test_the_command_is_that_of_a_checkout_or_names_the_packages(monkeypatch):
     assert install_command("scipy", "matplotlib") == "pip install -e '.[plots,stats]'"
     stated = ['tokenizers>=0.21; extra == "data"', 'scipy>=1.13; extra == "stats"', "torch>=2.10"]
-    monkeypatch.setattr(extras, "CHECKOUT", Path("no-such-checkout"))
-    monkeypatch.setattr(extras, "requires", lambda name: stated)
+    monkeypatch.setattr(installation, "CHECKOUT", Path("no-such-checkout"))
+    monkeypatch.setattr(installation, "requires", lambda name: stated)
     assert install_command("tokenizers") == "pip install 'tokenizers>=0.21'"
 
 
@@ -75,10 +75,10 @@ def test_the_next_command_names_the_program_of_this_package(package, tmp_path, m
     elif package == "another":
         (tmp_path / "scmoe").mkdir()
         (tmp_path / "scmoe/__init__.py").touch()
-    monkeypatch.setattr(extras, "distribution", lambda name: Installed(tmp_path))
-    extras.own_program.cache_clear()
-    command = extras.scmoe("runs")
-    extras.own_program.cache_clear()
+    monkeypatch.setattr(installation, "distribution", lambda name: Installed(tmp_path))
+    installation.own_program.cache_clear()
+    command = installation.scmoe("runs")
+    installation.own_program.cache_clear()
     assert (
         command.endswith("-m scmoe runs")
         if package == "another"
@@ -88,7 +88,7 @@ def test_the_next_command_names_the_program_of_this_package(package, tmp_path, m
 
 def test_what_is_missing_is_named(monkeypatch):
     require("a table", "torch")
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"a table needs matplotlib, scipy: .*\[plots,stats\]"):
         require("a table", "matplotlib", "scipy")
 

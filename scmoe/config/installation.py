@@ -1,4 +1,5 @@
-"""This installation: how a user calls `scmoe` and installs packages that only some verbs need."""
+"""This installation: whether it is a checkout, how a user calls `scmoe`, and how packages that only
+some verbs need are installed."""
 
 import os
 import shlex
