@@ -1,4 +1,4 @@
-"""Reads YAML files and overrides into a validated `Config`, and writes it back.
+"""Reads YAML files and overrides into a validated `Config`.
 
 A YAML file may name other files under `extends:`, relative to itself or as `find` finds them. Later
 sources override earlier ones: defaults, the extended files in their order, the file, the command
