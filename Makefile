@@ -10,6 +10,9 @@ READY := $(VENV)/.installed
 # A run ends when a worker dies: pytest-xdist would wait forever for the one that replaces it.
 # Compiled modules are kept, or every rank and every program would compile the library and its tests again.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+# What test-fast omits: marks, and folders of tests
+QUICK := not ranks and not slow and not smoke and not faults and not peers and not fake_cuda
+ELSEWHERE := predict runs sweeps docs experiments
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -147,8 +150,8 @@ figure13: $(READY)  ## seldom: measure Fig. 13, offloaded experts, and draw it; 
 test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)
 
-test-fast: $(READY)  ## run the quick tests in one process
-	@$(PYTEST) -m "not ranks and not slow and not smoke" $(ARGS)
+test-fast: $(READY)  ## run the quick tests of the model, its schedules, config and training, in less than a minute
+	@$(PYTEST) -m "$(QUICK)" $(ELSEWHERE:%=--ignore=tests/%) $(ARGS)
 
 test-dist: $(READY)  ## seldom: run the tests that start several processes
 	@$(PYTEST) -m ranks $(ARGS)

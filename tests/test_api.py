@@ -240,10 +240,12 @@ def printed(program: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_importing_the_package_needs_no_torch_and_the_block_no_lightning():
     assert printed(LIGHT) == ["set() True", "set()"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_changes_nothing_outside_of_it():
     """The name of the Strategy is known after `import scmoe.lightning`; the class needs no name."""
     name = "ExpertParallelStrategy"

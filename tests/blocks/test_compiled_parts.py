@@ -18,6 +18,8 @@ from tests.support.cases import ROUTERS
 from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 from tests.support.two_batches import run_batches
 
+pytestmark = pytest.mark.slow
+
 CASES = {name: f"{LATENT_ATTENTION[name]} model.family=llama" for name in ("longcat", "instella")}
 CASES |= {"zero experts": ROUTERS["longcat router"], **BETWEEN_BLOCKS}
 

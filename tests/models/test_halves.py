@@ -196,6 +196,7 @@ def test_images_of_both_halves(images_of_rank):
     assert torch.equal(integer_sums(outputs[0].stats), integer_sums(outputs[1].stats))
 
 
+@pytest.mark.slow
 def test_compiled_sublayers_compute_both_halves():
     """The eager backend leaves out the code that another one would make; how a function is called
     is the same."""
@@ -406,6 +407,7 @@ def graphs_of(model, ids_BS):
     return logits_BSV, len(graphs)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_compiled_as_a_whole_has_graphs_inside_its_blocks():
     """With two batches in flight only what is before and after the blocks is compiled."""
     model = tiny_model(tiny(*DROPLESS, "moe.architecture=top_k"))

@@ -63,6 +63,7 @@ def results(rank: int, world_size: int, device: str) -> dict[str, list[torch.Ten
     return found
 
 
+@pytest.mark.ranks
 @on_any_device
 def test_every_slot_is_bit_identical_to_sequential(device):
     found = run_ranks(results, 1, device)[0]

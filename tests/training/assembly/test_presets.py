@@ -47,6 +47,7 @@ def preset(name: str, words: str):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "architecture", "words"), CASES, ids=[f"{n}-{a}" for n, a, _ in CASES]
 )

@@ -20,6 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 def test_a_second_step_touches_no_new_pages(tmp_path):
     if not keep_freed_memory():
         pytest.skip("this C library has no mallopt: freed memory goes back to the kernel")
