@@ -32,11 +32,10 @@ settings.register_profile(
 settings.load_profile("scmoe")
 
 
-LONG = (
-    "test_readme.py",
-    "test_reproduce.py",
-    "test_trials.py",
-)  # a file is one worker's, so they begin first
+LONG = (  # a file is one worker's, so these begin first
+    *("test_readme.py", "test_reproduce.py", "test_trials.py", "test_loggers.py"),
+    *("test_ddp_features.py", "test_fake_cuda.py"),
+)
 
 
 def pytest_collection_modifyitems(items):

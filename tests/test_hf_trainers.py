@@ -92,8 +92,10 @@ def sft(model: Any, folder: Any, peft_config: Any = None, **how: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("kind", ["gpt", "latent", "farskip", "mixtral"])
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [("gpt", False), ("gpt", True), ("latent", True), ("farskip", False), ("mixtral", True)],
+)
 def test_supervised_fine_tuning(kind, packing, tmp_path):
     """Its fused output product gives the model's own loss, packed or padded."""
     model = model_of(kind)

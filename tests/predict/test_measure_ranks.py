@@ -8,6 +8,7 @@ from scmoe.predict.profile import KEYS, NETWORK, Groups
 pytestmark = pytest.mark.ranks
 
 
+@pytest.mark.faults  # it takes long, and a busy machine may be off the bounds
 def test_this_machine_is_measured():
     profile = measure()
     assert profile.ranks == profile.ranks_per_node >= 1

@@ -1,5 +1,5 @@
 """`scmoe.train` in an interactive Python, as in a notebook: on one rank in the process, on two in
-others."""
+others. It starts Python four times, so it is of the fault suite."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import ROOT, environment
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.ranks, pytest.mark.faults]
 
 PROGRAM = """
 import json

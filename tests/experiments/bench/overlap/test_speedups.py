@@ -212,12 +212,9 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
     assert min(calibration[f"{what}_ms"] for what in TIMES_OF_BLOCKS) > 0
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
-    ("row", "compute"),
-    [
-        ("scmoe_pos2", "real"),
-        pytest.param("farskip_pipelined", "emulated", marks=pytest.mark.faults),
-    ],
+    ("row", "compute"), [("scmoe_pos2", "real"), ("farskip_pipelined", "emulated")]
 )
 def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(
     row, compute, tiny_on_loopback, tmp_path
@@ -278,15 +275,9 @@ def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path):
     assert len(list(tmp_path.glob("uneven-*.png"))) == 1
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
-    ("layout", "dropped"),
-    [
-        ("capacity:1", 0.25),
-        pytest.param(
-            "buffers:1", 0.25, marks=pytest.mark.faults
-        ),  # as the first, by the other layout
-        pytest.param("buffers:2", 0.0, marks=pytest.mark.faults),
-    ],
+    ("layout", "dropped"), [("capacity:1", 0.25), ("buffers:1", 0.25), ("buffers:2", 0.0)]
 )
 def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopback, tmp_path):
     """Of 1.5 times its share a rank takes one: it drops a third of three quarters of all copies."""
