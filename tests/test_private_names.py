@@ -8,18 +8,12 @@ upgrade that changes one, a test fails and shows its name.
 
 import ast
 import inspect
-import re
-import warnings
-from datetime import timedelta
-from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -48,11 +42,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import (
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.engine.ranks import run_ranks
-from scmoe.lightning.seam.loops import without_inference_mode
-from scmoe.lightning.seam.progress_bar import StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel.torch_seam import set_default_timeout
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,20 +146,6 @@ def test_the_others_exist():
         "torch warns of another timeout"
     )
     assert "**self._ddp_kwargs" in inspect.getsource(DDPStrategy._setup_model)
-
-
-def timeout_of_a_group(rank: int, world_size: int) -> timedelta:
-    """Return the limit of the default group after it was set, with warnings as errors."""
-    distributed_c10d.init_process_group("gloo")
-    with warnings.catch_warnings(action="error"):
-        set_default_timeout(timedelta(seconds=37))
-    gloo = distributed_c10d.group.WORLD._get_backend(torch.device("cpu"))
-    return gloo.options._timeout
-
-
-def test_the_default_timeout_is_set_by_a_name_that_does_not_warn():
-    """torch 2.15 has a public name for it, and its private name warns there."""
-    assert run_ranks(timeout_of_a_group, 1) == [timedelta(seconds=37)]
 
 
 def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late():
@@ -376,49 +352,3 @@ def test_a_precision_plugin_clips_by_these_names():
     assert "self._after_closure(model, optimizer)" in inspect.getsource(Precision._wrap_closure)
     calls_it = "self.precision_plugin.pre_backward(closure_loss, self.lightning_module)"
     assert calls_it in inspect.getsource(DDPStrategy.backward)
-
-
-def test_loops_that_only_compute_outputs_can_run_without_inference_mode():
-    trainer = Trainer(accelerator="cpu", logger=False)
-    loops = [trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
-    assert all(loop.inference_mode for loop in loops)
-    without_inference_mode(trainer)
-    assert not any(loop.inference_mode for loop in [*loops, trainer.fit_loop.epoch_loop.val_loop])
-
-
-def train(model: BoringModel, bar: StepProgressBar, **options: Any) -> None:
-    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(limit_val_batches=0, callbacks=[bar], accelerator="cpu", **off, **options).fit(model)
-
-
-def test_a_narrow_terminal_shows_each_metric_beside_its_value(monkeypatch):
-    class Model(BoringModel):
-        def training_step(self, batch, index):
-            self.log_dict({"train/loss": 5.198, "time/tokens_per_s": 6541.845}, prog_bar=True)
-            return super().training_step(batch, index)
-
-    monkeypatch.setenv("COLUMNS", "80")
-    bar, written = StepProgressBar(), StringIO()
-    bar._console_kwargs = {"file": written, "width": 80, "force_terminal": True}
-    train(Model(), bar, max_steps=3)
-    lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", written.getvalue()).splitlines()
-    for shown in ("train/loss: 5.198", "time/tokens_per_s: 6541.845"):
-        assert any(line.rstrip().endswith(shown) for line in lines), shown
-
-
-def test_the_progress_bar_reads_the_loss_of_logged_steps_alone():
-    """Reading it waits for the device. The first step's loss is shown, so the bar is not empty."""
-
-    class Model(BoringModel):
-        def training_step(self, batch, index):
-            self.log("train/loss", torch.tensor(float(index)))
-            return super().training_step(batch, index)
-
-    class Bar(StepProgressBar):
-        def get_metrics(self, *arguments):
-            seen.append(super().get_metrics(*arguments))
-            return seen[-1]
-
-    seen: list[dict[str, float]] = []
-    train(Model(), Bar(), max_steps=7, log_every_n_steps=3)
-    assert [shown["train/loss"] for shown in seen[:7]] == [0, 0, 2, 2, 2, 5, 5]

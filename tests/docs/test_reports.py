@@ -6,8 +6,6 @@ import subprocess
 import pytest
 
 from docs.build import reports
-from experiments.bench.offload.figure_13 import first_case_figures, read_architectures
-from experiments.bench.row import to_json
 from scmoe.command_line import build_app
 from tests.support.pages import ROOT
 
@@ -38,20 +36,3 @@ def test_reports_that_are_missing_are_measured_until_one_fails(tmp_path, monkeyp
     assert started == ["a", "c"]
     assert reports.main(["--list"]) == 0
     assert "missing  d" in capsys.readouterr().out
-
-
-def test_the_kept_figures_of_offloading_are_read_and_written_without_a_change():
-    """Earlier reports have null where a figure was not measured."""
-    kept = (ROOT / "docs/figures/figure-13.json").read_text(encoding="utf-8")
-    figure = without_null(json.loads(kept))
-    architectures = read_architectures(figure)
-    assert to_json(architectures) == figure["architectures"]
-    assert first_case_figures(architectures) == figure["rows"]
-
-
-def without_null(value):
-    if isinstance(value, list):
-        return [without_null(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    return {name: without_null(each) for name, each in value.items() if each is not None}

@@ -1,7 +1,6 @@
 """Generation with a cache equals generation without one, token for token, and each text equals
 itself alone."""
 
-import json
 from functools import partial
 
 import pytest
@@ -12,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scmoe.blocks.kv_cache import KVCache, Visible
 from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.sublayers import attend, attend_by_group
-from scmoe.inference import prompts as prompts_file
 from scmoe.inference.generate import (
     NewTokens,
     Passes,
@@ -255,16 +253,6 @@ def test_what_is_shown_of_a_text_never_changes_later():
         stopping.text(list(b"ab EN")) == "ab EN"
         and stopping.text(list(b"ab EN"), ended=False) == "ab "
     )
-
-
-def test_a_prompt_of_a_file_may_have_any_character_within_its_line(tmp_path):
-    texts = ["one\u2028two\u0085three", "four"]
-    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in texts]
-    (tmp_path / "prompts.jsonl").write_text("".join(lines), encoding="utf-8", newline="")
-    assert prompts_file.read_prompts(tmp_path / "prompts.jsonl", 7) == [
-        (texts[0], 7),
-        (texts[1], 8),
-    ]
 
 
 @pytest.mark.parametrize(

@@ -4,32 +4,21 @@ of generation.
 tests/models/test_halves_ranks.py does the same where rows travel between ranks.
 """
 
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
-from greenlet import getcurrent
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from experiments.engine.profiles import peak_bytes, read_events
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Residual, outermost
 from scmoe.config.load import load
 from scmoe.inference.generate import decode, prefill, stream
 from scmoe.inference.sampling import GREEDY, Stopping
-from scmoe.models.run_as import run_as, running_as, schedule_of
+from scmoe.models.run_as import schedule_of
 from scmoe.moe.balance import integer_sums
-from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.stream import dropless
-from scmoe.moe.turns import current_turns, in_turns, pass_turn
 from scmoe.runs.generate import how_passes_run
 from scmoe.schedule.schedule import ModelSchedule
 from tests.support.architectures import (
@@ -131,20 +120,6 @@ def test_generation_keeps_one_cache_for_both_halves(name):
                 assert_close(actual, expected)
 
 
-@pytest.mark.inference
-def test_batches_may_have_different_numbers_of_turns_and_see_the_context_of_their_caller():
-    variable = ContextVar("variable")
-    variable.set("of the caller")
-
-    def batch(turns):
-        for _ in range(turns):
-            pass_turn()
-        return turns, variable.get()
-
-    results = in_turns([partial(batch, 1), partial(batch, 3)])
-    assert results == [(1, "of the caller"), (3, "of the caller")]
-
-
 def test_prefill_has_two_batches_in_flight_and_decode_one():
     model = tiny_model(tiny(*DROPLESS)).eval()
     run_batches(model, 2)
@@ -212,98 +187,6 @@ def test_compiled_sublayers_compute_both_halves():
 # ---------------------------------------------------------------------- turns
 
 
-def test_functions_take_turns():
-    order = []
-
-    def function(name, waits):
-        for step in range(waits):
-            order.append(f"{name}{step}")
-            pass_turn()
-        assert current_turns().batches == 2
-        return name
-
-    assert in_turns([lambda: function("a", 3), lambda: function("b", 1)]) == ["a", "b"]
-    assert order == ["a0", "b0", "a1", "a2"]
-    assert current_turns() is None
-    pass_turn()  # it returns where there are no turns
-
-
-def test_an_error_ends_all_functions():
-    ended = []
-
-    def waits():
-        try:
-            pass_turn()
-            pass_turn()
-        finally:
-            ended.append(getcurrent())
-
-    def fails():
-        pass_turn()
-        raise ValueError("the second batch")
-
-    with pytest.raises(ValueError, match="the second batch"):
-        in_turns([waits, fails, waits])
-    assert len(ended) == 2
-    assert all(batch.dead for batch in ended)
-
-
-def test_modes_around_the_turns_hold_inside():
-    seen = []
-
-    def function():
-        pass_turn()
-        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
-
-    with torch.no_grad(), torch.autocast("cpu"), saved_tensors_hooks(lambda t: t, lambda t: t):
-        in_turns([function, function])
-    assert seen == [(False, True)] * 2
-
-
-@contextmanager
-def float64_by_default():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-MODES = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t, lambda t: t),
-    "sdpa_kernel": lambda: sdpa_kernel(SDPBackend.MATH),
-    "set_default_dtype": lambda: float64_by_default(),
-    "cuda.stream": lambda: patch.object(torch.cuda, "current_stream", lambda: "another one"),
-}
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_a_mode_that_is_open_over_a_pause_is_refused_by_its_name(name, monkeypatch):
-    """The batch that waits meanwhile is ended, and the thread has its modes again. Without a GPU
-    the stream is a text."""
-    if name == "cuda.stream":
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the usual one")
-
-    def waits():
-        with MODES[name]():
-            pass
-        pass_turn()
-
-    def enters():
-        with MODES[name]():
-            pass_turn()
-
-    assert in_turns([waits, waits]) == [None, None]
-    with pytest.raises(RuntimeError, match=name):
-        in_turns([waits, enters])
-    assert in_turns([waits, waits]) == [None, None]
-
-
 def test_a_checkpoint_around_a_whole_block_is_refused_where_it_would_be_open_over_a_pause():
     model = tiny_model(tiny(*DROPLESS))
     ids_BS, _ = tiny_batch(tiny(), 2)
@@ -323,65 +206,6 @@ def test_other_numbers_than_one_and_two_are_refused():
     for number in (0, 3):
         with pytest.raises(ValueError, match=r"allowed: 1 \| 2"):
             ModelSchedule((), number)
-
-
-def test_a_network_without_halves_runs_one_batch():
-    """Generation sets one batch in flight for each decode."""
-    network = nn.Linear(2, 2)
-    with running_as(network, ModelSchedule(())):
-        assert schedule_of(network) == ModelSchedule(())
-    with pytest.raises(ValueError, match="Linear has no Halves"):
-        run_as(network, ModelSchedule((), 2))
-
-
-class Forwarding(nn.Module):
-    """Forwards reads to the network in it, as a PeftModel does."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.network, name)
-
-
-@pytest.mark.parametrize("wrap", [Forwarding, partial(torch.compile, backend="eager")])
-def test_a_wrapped_network_runs_as_its_wrapper_is_set(wrap):
-    """A wrapper that forwards reads alone must not keep the number for itself."""
-    model = tiny_model(tiny(*DROPLESS))
-    wrapper = wrap(model)
-    two = replace(schedule_of(model), batches_in_flight=2)
-    run_as(wrapper, two)
-    assert schedule_of(model) == schedule_of(wrapper) == two
-    with running_as(wrapper, replace(two, batches_in_flight=1)):
-        assert model.halves.batches_in_flight == 1
-    assert model.halves.batches_in_flight == 2
-
-
-def test_a_model_runs_as_before_after_a_change_for_now():
-    """Slots, batches in flight and dispatchers, also after an error."""
-    model = tiny_model(tiny(*DROPLESS))
-    (block,) = moe_blocks_of(model)
-    before, dispatcher = schedule_of(model), block.moe.dispatcher
-    other = ModelSchedule((replace(block.schedule, expert_slot=0, chunks=2),), 2)
-    with pytest.raises(KeyError), running_as(model, other, [Blocking(dispatcher)]):
-        assert schedule_of(model) == other
-        assert isinstance(block.moe.dispatcher, Blocking)
-        raise KeyError
-    assert schedule_of(model) == before != other
-    assert block.moe.dispatcher is dispatcher
-
-
-def test_networks_that_run_differently_have_no_common_schedule():
-    networks = nn.ModuleList([tiny_model(tiny(*DROPLESS)) for _ in range(2)])
-    run_batches(networks[0], 2)
-    with pytest.raises(ValueError, match="different numbers of batches"):
-        schedule_of(networks)
-    run_as(networks, ModelSchedule(2 * schedule_of(networks[0]).blocks, 2))
-    assert schedule_of(networks).batches_in_flight == 2
 
 
 def test_what_ran_names_two_batches():

@@ -5,9 +5,6 @@ There is no NCCL here, so the calls are recorded.
 """
 
 import os
-import pickle
-from copy import deepcopy
-from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +15,6 @@ import torch
 import torch.distributed as dist
 
 from scmoe.parallel import mesh
-from scmoe.parallel.mesh import Mesh
-from scmoe.parallel.wire.wire import Wire
 
 TIMEOUT = timedelta(seconds=77)
 
@@ -114,19 +109,3 @@ def test_variables_with_which_a_gpu_hides_less_are_named(variables, named, monke
 
 
 # ---------------------------------------------------------------------- the wire
-
-
-def test_a_copy_is_the_same_wire_and_a_pickle_holds_the_place_alone():
-    wire = Wire(Mesh(3, 4, 2, ep_group=lambda: "no pickle can hold it"))
-    module = torch.nn.Linear(1, 1)
-    module.wire = wire
-    assert deepcopy(module).wire is wire
-    read = pickle.loads(pickle.dumps(wire))
-    assert read.mesh == Mesh(3, 4, 2) and read.even is not wire.even
-
-
-def test_another_mesh_leaves_the_check_of_rows_as_it_is():
-    """Weights may be split after dispatchers were made."""
-    wire = Wire(Mesh(3, 4, 2))
-    split = replace(wire, mesh=replace(wire.mesh, dense_mesh="dense"))
-    assert split.even is wire.even

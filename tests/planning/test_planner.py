@@ -17,9 +17,8 @@ import torch
 
 from scmoe.models.run_as import run_as, schedule_of
 from scmoe.planning import planner as planner_module
-from scmoe.planning.candidates import CANDIDATES, shortlist, still_fastest
 from scmoe.planning.planner import MOST_TRIES, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, Sample, predicted
+from scmoe.planning.pricing import LayerChoice, Sample
 from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
@@ -125,38 +124,6 @@ def test_a_trial_takes_the_batches_of_a_step():
         assert planner.choices[0].schedule.chunks == 1 and len(runs) <= MOST_TRIES
 
 
-def test_what_is_tried_are_the_best_of_each_number_of_chunks_and_those_near_the_lowest():
-    def candidate(chunks: int, ms: float) -> list[LayerChoice]:
-        times = {chunks: OperatorTimes({"attention": ms})}
-        return [LayerChoice(Schedule("scmoe", "pos1", 0, chunks), times, (1.0, 1.0))]
-
-    priced = {
-        1: [candidate(1, ms) for ms in (10.0, 10.9, 11.2)],
-        2: [candidate(2, ms) for ms in (14.0, 14.1)],
-    }
-    assert [predicted(choices) for choices in shortlist(priced)] == [10.0, 14.0, 10.9]
-    many = {1: [candidate(1, 10.0 + i / 100) for i in range(2 * CANDIDATES)]}
-    assert len(shortlist(many)) == CANDIDATES
-
-
-@pytest.mark.parametrize(
-    ("tried", "left"),
-    [
-        ({0: [1.0] * 4, 1: [2.0] * 4}, [0, 1]),  # too few rounds
-        ({0: [1.0] * 5, 1: [1.1] * 5}, [0]),
-        ({0: [1.0] * 5, 1: [1.0] * 5}, [0]),  # there is nothing to gain
-        (
-            {0: [1.0, 2.0, 1.1, 1.0, 3.0], 1: [0.9, 1.8, 0.99, 0.9, 2.7]},
-            [1],
-        ),  # what disturbs a round disturbs both
-        ({0: [1.0, 1.2, 0.9, 1.1, 1.0], 1: [1.1, 1.0, 1.0, 1.0, 1.2]}, [0, 1]),  # not decided yet
-        ({0: [1.0] * 5, 1: [1.2] * 4 + [0.2]}, [0, 1]),  # perhaps one step was short by chance
-    ],
-)
-def test_candidates_are_left_until_they_can_be_told_apart(tried, left):
-    assert sorted(still_fastest(tried)) == left
-
-
 def test_a_validation_between_two_steps_runs_as_chosen_or_as_configured():
     own = Schedule("scmoe", "pos2")
     rows = hot_rank(1.0, 2)
@@ -184,11 +151,6 @@ def test_with_few_tries_each_candidate_is_tried_once():
         while not planner.has_chosen:
             step()
         assert planner.tries == len(planner.candidates) > 1
-
-
-def test_after_few_rounds_none_is_left_out_and_the_fastest_comes_first():
-    assert still_fastest({0: [2.0], 1: [1.0], 2: [3.0]}) == [1, 0, 2]
-    assert still_fastest({0: [], 1: []}) == [0, 1]
 
 
 # ---------------------------------------------------------------------- what is logged and said

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.tables.table_file import TableOptions, load_table
-from experiments.tables.table_plan import plan_table
+from experiments.tables.table_file import load_table
 from experiments.tables.table_runs import plan_runs
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
@@ -154,38 +153,6 @@ def test_a_table_that_is_wrong_is_refused(tmp_path, change, says):
     (tmp_path / "table3/table.yaml").write_text(text.replace(*change, 1))
     with pytest.raises(ConfigError, match=says.replace("|", r"\|")):
         load_table("table3", tmp_path)
-
-
-def test_what_a_table_cannot_honour_is_refused(tmp_path):
-    plan_table(
-        load_table("table4", CONFIGS),
-        TableOptions(jobs=1),
-        [f"runs_dir={tmp_path}", "trainer.devices=2"],
-    )
-    table, own = load_table("table4", CONFIGS), [f"runs_dir={tmp_path}"]
-    for options, words, says in (
-        (TableOptions(to=tmp_path / "tables"), (), "--to is .*, where the table itself is made"),
-        (TableOptions(seeds=0), (), "--seeds is 0"),
-        (TableOptions(), ("trainer.devices=2",), "--jobs is 0, but a run has 2 ranks"),
-    ):
-        with pytest.raises(ConfigError, match=says):
-            plan_table(table, options, [*own, *words])
-    with pytest.raises(ConfigError, match=r"table is 'table33', allowed: .*table3"):
-        load_table("table33", CONFIGS)
-
-
-def test_the_command_of_a_plan_makes_it_again(tmp_path):
-    words = [f"runs_dir={tmp_path}", "optim.lr=0.1"]
-    plan = plan_table(load_table("table4", CONFIGS), TableOptions(seeds=3, to=tmp_path), words)
-    assert plan.command == 'make table TABLE=table4 SCALE=smoke ARGS="--seeds 3 optim.lr=0.1"'
-
-
-def test_a_table_without_its_data_set_runs_at_another_scale(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the paths of data sets are relative
-    plan = plan_table(
-        load_table("table1", CONFIGS), TableOptions("small"), [f"runs_dir={tmp_path}"]
-    )
-    assert (plan.scale_name, plan.folder.name) == ("digits", "table1-digits")
 
 
 def test_the_papers_averages_of_table2_are_those_of_its_tasks():

@@ -10,7 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.bench.pairs import usual_rows
-from experiments.tables.equal_time import loss_at, step_reached
 from experiments.tables.make import make_table
 from experiments.tables.results import results
 from experiments.tables.table_chart import draw_differences, draw_equal_time
@@ -265,16 +264,6 @@ def test_a_rival_with_two_batches_in_flight_is_compared_at_its_own_speed(made):
     assert at_time["top-2"]["speed"] == 1.5
     assert at_time["top-2"]["loss"]["mean"] == pytest.approx(5.2 + 0.025)
     assert "two batches in flight" in markdown(found)
-
-
-def test_a_curve_is_read_between_its_points_and_not_outside():
-    curve = [[2, 5.0], [4, 4.0]]
-    assert [loss_at(curve, step) for step in (2, 3, 4, 1, 5)] == [5.0, 4.5, 4.0, None, None]
-    assert loss_at([[4, 4.0]], 4) == 4.0
-    speeds = [1 + i / 10_000 for i in range(15_000)]
-    assert all(step_reached(600, x, x) == 600 for x in speeds), (
-        "the fastest row is at its last step"
-    )
 
 
 def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):

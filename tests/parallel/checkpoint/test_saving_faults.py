@@ -10,12 +10,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch.distributed as dist
 
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
-from scmoe.parallel.checkpoint.together import together
 from tests.support.faults import tiny_run
 from tests.support.faults.tiny_run import LAST, NEW, OLD
 
@@ -107,34 +105,3 @@ def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
             read["loading"] for read in ranks
         ), "each file once"
         assert durable.verify(tmp_path / name) == OLD
-
-
-def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
-    """Let rank 1 work long and fail. Return the number of collectives meanwhile, and what is
-    raised."""
-    mesh, all_reduce, asked = (
-        tiny_run.one_step(world_size, folder).strategy.mesh,
-        dist.all_reduce,
-        [],
-    )
-
-    def work() -> None:
-        if rank == 1:
-            time.sleep(2.2)
-            raise OSError("of rank 1")
-
-    with patch.object(
-        dist, "all_reduce", lambda *args, **kw: asked.append(1) or all_reduce(*args, **kw)
-    ):
-        try:
-            together(mesh, work)
-        except OSError as error:
-            return len(asked), str(error)
-    return len(asked), ""
-
-
-@pytest.mark.representative
-def test_no_rank_waits_in_one_collective_for_the_long_work_of_another(tmp_path):
-    """Reading a checkpoint may take longer than strategy.timeout_s."""
-    for asked, said in run_ranks(work_together, 2, tmp_path):
-        assert asked >= 3 and said == "of rank 1"

@@ -13,10 +13,6 @@ from torch import Tensor
 from experiments.engine.ranks import run_ranks
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.dense.dense_auto import memory_estimates, pick_dense, possible_modes
-from scmoe.parallel.dense.fsdp_units import units
-from scmoe.parallel.dense.memory import RankJob, Split
-from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_model_on_meta, build_module
 from scmoe.training.assembly.rank_job import dense_estimates
 from scmoe.training.modules import LanguageModel
@@ -166,40 +162,7 @@ def test_a_module_that_is_split_is_not_trained_as_replicated():
 
 
 @pytest.mark.representative
-def test_blocks_that_share_weights_are_not_split():
-    model = build_model_on_meta(tiny("architecture=dgmoe_share model.layers=4"))
-    with pytest.raises(ValueError, match="share weights"):
-        units(model)
-
-
-@pytest.mark.representative
-def test_auto_takes_the_first_way_that_has_room():
-    """A rank of 64 in nodes of 8, EP 8: twice its weights, gradients, and two moments."""
-    model = build_model_on_meta(tiny("", 1))
-    experts = 4 * sum(p.numel() for p in Split(model, RankJob()).experts)
-    dense = 4 * sum(p.numel() for p in model.parameters()) - experts
-    estimates = memory_estimates(model, Mesh(world_size=64, ep_size=8), node_size=8)
-    split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
-    assert estimates == {"replicated": 8 * (dense + experts)} | {
-        way: 8 * size for way, size in split.items()
-    }
-    needed = {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
-    picked = [pick_dense(needed, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
-    assert picked == ["replicated", "hybrid", "hybrid", "sharded", "sharded"]
-    assert possible_modes(model, 4, edp_size=4, node_size=4) == ["replicated", "sharded"]
-
-
-@pytest.mark.representative
 def test_auto_of_a_config_counts_activations():
     configs = [tiny(f"strategy.dense=auto data.global_batch_size={n}", 4) for n in (8, 64)]
     few, many = (dense_estimates(config, build_model_on_meta(config)) for config in configs)
     assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)
-
-
-def test_auto_splits_no_expert_whose_width_cannot_be_split():
-    """`sharded` is refused there: three ranks hold each expert, of width 16."""
-    config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
-    assert list(dense_estimates(config, build_model_on_meta(config))) == ["replicated"]
-    assert list(memory_estimates(build_model_on_meta(config), Mesh(world_size=3), node_size=3)) == [
-        "replicated"
-    ]

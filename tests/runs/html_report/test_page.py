@@ -2,7 +2,6 @@
 cannot be shown is refused in one line."""
 
 import json
-import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -13,12 +12,8 @@ import pytest
 from scmoe import __version__
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.runs.html_report import kept_reports, run_sections
-from scmoe.runs.html_report.cleaner import Cleaner
-from scmoe.runs.html_report.kept_reports import refuse_form, sections_of_file
+from scmoe.runs.html_report import run_sections
 from scmoe.runs.html_report.page import write_page
-from scmoe.runs.html_report.section import number
-from scmoe.runs.html_report.sources import find_sources
 from tests.support import reported
 
 pytest.importorskip("matplotlib")
@@ -86,21 +81,6 @@ def test_every_input_has_its_section_and_the_pictures_that_lie_beside_it(tmp_pat
         assert value in text, f"of the advice: {value}"
 
 
-def test_the_pictures_of_a_result_of_the_docs_are_those_of_its_conditions(tmp_path, monkeypatch):
-    docs = tmp_path / "docs"
-    (docs / "results/table3-small").mkdir(parents=True)
-    (docs / "figures").mkdir()
-    said = {"date": "2026-11-30", "reading": "A *reading*.", "pictures": {"table3-small": "Losses"}}
-    reported.write_json(docs / "results/conditions.json", {"table3-small": said})
-    path = reported.write_json(docs / "results/table3-small/results.json", reported.table())
-    monkeypatch.setattr(kept_reports, "CHECKOUT", tmp_path / "pyproject.toml")
-    (docs / "figures/table3-small.png").write_bytes(reported.DOT)
-    (section,) = sections_of_file(path, True, Cleaner([]))
-    assert [picture.caption for picture in section.pictures] == ["Losses"]
-    assert section.facts[0] == ("date", "2026-11-30")
-    assert (section.paragraphs, section.commands) == (["A reading."], ["make table"])
-
-
 def test_a_picture_that_is_damaged_or_gone_is_left_out_with_a_line(tmp_path, capsys):
     run = reported.write_run(tmp_path / "runs")
     (run / "analysis/gating.png").write_bytes(b"half")
@@ -144,20 +124,6 @@ def test_nothing_in_names_configs_or_files_becomes_markup(tmp_path):
     assert "<script>alert(1)</script>" in " ".join(seen.texts), "it is shown as it is"
 
 
-def test_keys_and_names_of_machines_stay_out(tmp_path):
-    run = reported.write_run(tmp_path / "runs")
-    out = tmp_path / "report.html"
-    write_page([str(run)], out, 12, __version__)
-    text = out.read_text(encoding="utf-8")
-    assert reported.KEY not in text and reported.HOST not in text and "cluster.org" not in text
-    assert "scmoe train quickstart" in text
-    clean = Cleaner(["train"])
-    assert clean("train_123.4.pt.trace") == "*****_123.4.pt.trace", "a trace has its machine's name"
-    assert clean({"a": ["train.lan:1 retrain 10.0.0.7", "https://me:pw@h/x"]}) == {
-        "a": ["*****:1 retrain *****", "https://*****h/x"]
-    }
-
-
 def test_names_of_machines_stay_out_of_the_legends_of_losses(tmp_path, monkeypatch):
     reported.write_run(tmp_path / "runs", stamp="20261128-101500")
     run = reported.write_run(tmp_path / "runs")
@@ -194,16 +160,6 @@ def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path, monkeypatch, caps
     assert call("report") == 2, "there is no folder runs"
     assert "Train a run first" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
-
-
-def test_a_folder_shows_its_newest_runs_and_what_it_recognises(tmp_path):
-    for day in (1, 2, 3):
-        reported.write_run(tmp_path / "runs", stamp=f"2026112{day}-101500")
-    reported.write_json(tmp_path / "runs" / "speeds.json", reported.speeds())
-    reported.write_json(tmp_path / "runs" / "other.json", {"a": 1})
-    sources, _ = find_sources([str(tmp_path / "runs")], 2)
-    assert [run.path.name[:8] for run in sources.runs] == ["20261123", "20261122"]
-    assert [report.title for report in sources.reports] == ["speeds"]
 
 
 def test_a_link_to_a_run_is_that_run_in_the_chart_of_its_folder(tmp_path, monkeypatch):
@@ -263,23 +219,6 @@ def test_a_damaged_file_of_one_run_spoils_no_list_of_all_runs(tmp_path, monkeypa
     assert f"{not_utf8}1600-lr-1e-3/analysis/expert_load.png" in reports.err
 
 
-def test_numbers_that_are_none_and_truths_are_shown():
-    assert [number(value) for value in (math.inf, True, False, 1234.5, 3)] == [
-        "inf",
-        "yes",
-        "no",
-        "1,234",
-        "3",
-    ]
-
-
-def test_a_report_of_several_loads_is_one_section_for_each(tmp_path):
-    loads = [reported.speeds() | {"load": {"name": name}} for name in ("hot_rank:1.7", "recorded")]
-    path = reported.write_json(tmp_path / "uneven.json", {"loads": loads})
-    names = ["uneven: load hot_rank:1.7", "uneven: load recorded"]
-    assert [section.title for section in sections_of_file(path, True, Cleaner([]))] == names
-
-
 def test_rows_have_names_in_words(tmp_path):
     speeds = reported.speeds()
     (row,) = speeds["rows"].values()
@@ -294,34 +233,6 @@ def test_rows_have_names_in_words(tmp_path):
     assert "1.43" in text and "1.23" in text, "the paper's values stay at their rows"
     reported.write_json(path, speeds | {"every": 1})
     assert "Nous (Pos-2)" in " ".join(page(tmp_path, path).texts)
-
-
-def test_an_unknown_name_lists_those_that_exist(tmp_path, monkeypatch):
-    docs = tmp_path / "docs"
-    (docs / "figures/two-batches").mkdir(parents=True)
-    (docs / "results").mkdir()
-    for name in ("figures/two-batches/a", "figures/overlap-a", "results/layer"):
-        reported.write_json(docs / f"{name}.json", reported.speeds())
-    reported.write_json(docs / "results/conditions.json", {})
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kept_reports, "CHECKOUT", tmp_path / "pyproject.toml")
-    with pytest.raises(ConfigError, match=r"or a result: layer, overlap-a, two-batches\.$"):
-        find_sources(["xyz"], 1)
-    with pytest.raises(ConfigError, match=r"or a result: two-batches\.$"):
-        find_sources(["two_batch"], 1)
-    sources, _ = find_sources(["two-batches"], 1)
-    assert [report.title for report in sources.reports] == ["a"]
-
-
-@pytest.mark.parametrize("form", ["{x.__class__}", "{x:>9999}", "{x:{y}}", "{a[b].c}"])
-def test_a_format_that_does_more_than_to_round_is_refused(form):
-    with pytest.raises(ValueError, match="more than to round"):
-        refuse_form(form)
-
-
-def test_formats_of_stored_results_are_accepted():
-    for form in ("{ms:.1f}", "{rows[real, 0.5 ms][ddp]:,}", "{a[0]:.2f}, {b} MiB"):
-        refuse_form(form)
 
 
 def test_colours_have_enough_contrast_in_light_and_dark():
@@ -349,8 +260,3 @@ def luminance(color: str) -> float:
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def test_nothing_to_report_names_what_is_allowed(tmp_path):
-    with pytest.raises(ConfigError, match="a folder of runs"):
-        find_sources([str(tmp_path)], 12)

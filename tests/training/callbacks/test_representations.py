@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from scmoe.config.load import load
-from scmoe.training.callbacks.representation_charts import draw_similarity
 from scmoe.training.callbacks.representations import (
     SimilarityProbe,
     cosine_matrix,
@@ -126,11 +125,3 @@ def test_keeps_few_tokens_evenly_spaced():
     model(ids)
     for (_, every), (_, kept) in zip(whole.kept, some.kept, strict=True):
         assert torch.equal(kept, every[::3])
-
-
-def test_draws_a_panel_for_each_width(tmp_path):
-    values = np.full((2, 5, 5), np.nan)
-    values[:, :2, :2], values[:, 2:, 2:] = 0.9, -0.2
-    labels = ["input", "0 attention", "input", "1 attention", "1 MoE"]
-    draw_similarity([0, 10], labels, values, tmp_path / "similarity.png")
-    assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from scmoe.models.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
-from scmoe.training.callbacks.log_lines import LogLines
 from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
 from tests.support.models import tiny, tiny_model
@@ -187,24 +186,3 @@ def test_a_peak_is_known_or_absent(device, precision, known):
     found = peak_tflops(device, precision)
     assert found == (BF16_TFLOPS[device] if known else None)
     assert found is None or (math.isfinite(found) and found > 0)
-
-
-def test_without_a_terminal_a_validation_has_a_line_of_its_own(capsys):
-    shown = {
-        "progress_bar_metrics": {"val/loss": 2.0},
-        "logged_metrics": {"train/loss": 3.0, "train/lr": 1e-3},
-    }
-    numbers = {
-        "global_step": 4,
-        "max_steps": 8,
-        "accumulate_grad_batches": 1,
-        "log_every_n_steps": 1,
-    }
-    trainer: Any = SimpleNamespace(**numbers, is_global_zero=True, **shown)
-    module: Any = None
-    LogLines().on_train_batch_end(trainer, module, None, None, 3)
-    LogLines().on_validation_end(trainer, module)
-    assert capsys.readouterr().err.splitlines() == [
-        "step 4/8  train/loss 3",
-        "step 4/8  val/loss 2",
-    ]

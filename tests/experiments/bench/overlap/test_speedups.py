@@ -7,22 +7,18 @@ and tries each schedule once.
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import Pipe
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.overlap import rounds, speedups, timeline
 from experiments.bench.row import from_json
 from experiments.bench.setting import Setting
-from experiments.bench.training import slow_network, taking_turns
+from experiments.bench.training import slow_network
 from experiments.engine import links
-from experiments.engine.ranks import RankError, run_ranks
+from experiments.engine.ranks import run_ranks
 from experiments.simulate.reports import read_reports
 from scmoe.config.leaves import ConfigError
 from scmoe.planning import planner
@@ -149,34 +145,6 @@ def tiny_on_loopback(monkeypatch):
     monkeypatch.setattr(links, "enter", lambda *_: None)
     for module in (speedups, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
-
-
-def test_a_step_waits_in_each_of_its_batches(monkeypatch):
-    schedule = taking_turns.AdaptiveSchedule(auto=True, chunks=(1,))
-    schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)))
-    caller, turn = Pipe()
-    held = taking_turns.TrainingTurns(turn, ends=(1,))
-    monkeypatch.setattr(links, "set_rate", lambda mbit: None)
-    caller.send(None)  # the next turn
-    trainer = SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=0)
-    for step in (0, 0, 0, 1):
-        held.on_train_batch_start(trainer)
-        activations = torch.ones(2**18)
-        trainer.global_step = step
-        held.on_train_batch_end(trainer)
-        del activations
-    assert caller.recv()[1] == 4 * 4.25 and not caller.poll()
-    assert 1.0 <= held.peak_mb < 2.0, "of one batch, whose activations are freed"
-
-
-def test_a_training_that_ends_before_its_last_turn_is_an_error(monkeypatch):
-    def ends_early(ranks: int, theirs: list[Any]) -> dict[str, Any]:
-        theirs[0].close()
-        return {}
-
-    monkeypatch.setattr(taking_turns, "in_own_network", ends_early)
-    with ThreadPoolExecutor(1) as pool, pytest.raises(RankError, match="before its last turn"):
-        taking_turns.Training(pool, 1).turn(None)
 
 
 def test_bench_train_refuses_to_stop_early(tmp_path):
