@@ -9,12 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from scmoe.inference.offload import migration
 from scmoe.inference.offload.cache import Cache, FileReader, PinnedCopies
 from scmoe.inference.offload.migration import WAYS, Fetching, offload_experts
-from scmoe.inference.offload.store import Store, expert_layers, write_store
+from scmoe.inference.offload.store import Store, expert_layers
 from scmoe.moe.dispatcher import ChunkCounts
 from scmoe.runs import trained
 from tests.support.architectures import (
@@ -183,22 +182,6 @@ def test_a_rate_bounds_the_reader(store):
     reader.start(key, slot)()
     assert time.perf_counter() - begin >= 0.05
     reader.close()
-
-
-def test_a_store_is_a_safetensors_file_of_the_experts_and_the_same_when_it_is_written_again(
-    tmp_path,
-):
-    model, path = stored("architecture=top_k", tmp_path, torch.bfloat16)
-    with safe_open(path, framework="pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert len(found) == 3 * 6 * 2
-    for layer, experts in expert_layers(model).items():
-        for e in experts.expert_ids:
-            assert torch.equal(found[f"{layer}.{e}.w_in_DF"], experts.w_in_eDF[e])
-            assert torch.equal(found[f"{layer}.{e}.w_out_FD"], experts.w_out_eFD[e])
-    before = path.read_bytes()
-    write_store(path, model)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
-"""A checkpoint that is written in parallel with training has the weights of its step, and none is
-removed before its successor is complete (fault 7). tests/parallel/checkpoint/test_saving_faults.py
-overwrites every tensor meanwhile.
-"""
+"""Saving beside training: a checkpoint has the weights of its step, each rank hashes its own shard,
+and none is removed before its successor is complete (faults 4 and 7 to 10)."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
+from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.callbacks.data_position import DataPosition
+from tests.support.faults import tiny_run
+from tests.support.faults.tiny_run import LAST, NEW, OLD
 from tests.support.trainer_of import trainer_of
 from tests.support.trainings import tiny
 
@@ -79,3 +82,92 @@ def test_a_checkpoint_written_in_parallel_with_training_has_the_weights_of_its_s
         stored.append(model.state_dict())
     expected, got = stored
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
+
+
+def files_of(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir())
+
+
+def save_slowly_then_train_on(rank: int, world_size: int, folder: Path) -> set[float]:
+    """Overwrite every tensor while or after a checkpoint of OLD is written. Return what is read
+    back."""
+    trainer, path, fsync = (
+        tiny_run.one_step(world_size, folder),
+        folder / "checkpoints" / LAST,
+        os.fsync,
+    )
+
+    def slow(handle: int) -> None:
+        time.sleep(0.1)
+        fsync(handle)
+
+    found = set()
+    with patch.object(os, "fsync", slow):
+        for background in (False, True):
+            tiny_run.save_marked(trainer, path, OLD, background)
+            tiny_run.mark(trainer, NEW)
+            tiny_run.load_into(trainer, path)
+            found |= {
+                float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()
+            }
+    return found
+
+
+@pytest.mark.faults
+@pytest.mark.representative
+def test_a_slow_save_holds_the_step_at_which_it_started(tmp_path):
+    assert run_ranks(save_slowly_then_train_on, 2, tmp_path) == [{OLD}, {OLD}]
+
+
+def note_what_is_hashed(rank: int, world_size: int, folder: Path) -> list[dict[str, list[str]]]:
+    """Save in the foreground, then in the background. Return of each what `noted_in` does."""
+    trainer = tiny_run.one_step(world_size, folder)
+    return [
+        noted_in(trainer, folder / f"{background}.ckpt", background) for background in (False, True)
+    ]
+
+
+def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]:
+    """Return the hashed files by their reader: a background thread, or the rank while it saves,
+    finishes or loads."""
+    fingerprint, read = durable.fingerprint, {}
+    moment = "saving"
+
+    def noted(path: Path) -> dict[str, Any]:
+        who = (
+            moment if threading.current_thread().name in ("MainThread", "together") else "a thread"
+        )
+        read.setdefault(who, []).append(path.name)
+        return fingerprint(path)
+
+    with patch.object(durable, "fingerprint", noted):
+        saving = Saving(
+            path,
+            tiny_run.state(trainer, OLD),
+            trainer.lightning_module,
+            trainer.strategy.mesh,
+            background,
+        )
+        moment = "finishing"
+        saving.finish()
+        moment = "loading"
+        tiny_run.load_into(trainer, path)
+    return read
+
+
+@pytest.mark.faults
+@pytest.mark.representative
+def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
+    """Otherwise rank 0 would read all shards at the end, while training waits."""
+    ways = zip(*run_ranks(note_what_is_hashed, 2, tmp_path), strict=True)
+    for ranks, writer, name in zip(
+        ways, ("saving", "a thread"), ("False.ckpt", "True.ckpt"), strict=True
+    ):
+        shards = [file for file in files_of(tmp_path / name) if file.startswith("shard")]
+        assert [file for read in ranks for file in read[writer]] == shards
+        assert [read.get("finishing") for read in ranks] == [["meta.json"], None]
+        loaded = [file for read in ranks for file in read["loading"]]
+        assert sorted(loaded) == ["meta.json", *shards] and all(
+            read["loading"] for read in ranks
+        ), "each file once"
+        assert durable.verify(tmp_path / name) == OLD

@@ -8,19 +8,16 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
 from safetensors.torch import load, load_file, save
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.futures import Future
 
 from scmoe.files import write_in_turn
-from scmoe.lightning.trainer_checkpoints import check_can_be_saved
 from scmoe.parallel.checkpoint.loading import check_same_groups
 from scmoe.parallel.checkpoint.saving import _ShardWriter
 from scmoe.parallel.checkpoint.state import (
@@ -101,35 +98,6 @@ def test_one_full_file_holds_tensors_of_every_type(tmp_path):
     assert {name: (t.dtype, t.to(torch.complex64).tolist()) for name, t in read.items()} == {
         name: (getattr(torch, name), [0, 1, 0]) for name in names
     }
-
-
-class Stateful(Callback):
-    def __init__(self, value):
-        self.value = value
-
-    def state_dict(self):
-        return {"value": self.value}
-
-
-class Unready(Callback):
-    def state_dict(self):
-        raise AttributeError("best is not known before the first validation")
-
-
-def trainer_of(hparams, *callbacks):
-    module = LightningModule()
-    module.save_hyperparameters(hparams)
-    return SimpleNamespace(lightning_module=module, datamodule=None, callbacks=[*callbacks])
-
-
-def test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name():
-    check_can_be_saved(trainer_of({"dim": 16}, Stateful({(1, 2): 0.5}), Unready()))
-    with pytest.raises(TypeError, match=r"hyper-parameter of LightningModule .*int64"):
-        check_can_be_saved(trainer_of({"dim": np.int64(16)}))
-    with pytest.raises(TypeError, match=r"callback Stateful .*Colour"):
-        check_can_be_saved(
-            trainer_of({}, Stateful(Colour.RED), Stateful(1))
-        )  # each of one class is looked at
 
 
 def test_another_number_of_optimizers_or_groups_is_refused():

@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from scmoe.files import try_to_append
 from scmoe.moe.balance import SINGLE_STEPS, over_steps, step_load
 from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.wire.wire import Wire
-from scmoe.training.callbacks.collapse import PATIENCE, CollapseAlarm
 from scmoe.training.callbacks.expert_load import ExpertLoad
-from scmoe.training.callbacks.load_chart import draw_load, worst_layers
-from tests.support.pictures import assert_readable
+from scmoe.training.callbacks.load_chart import worst_layers
 
 
 def trainer(step: int, accumulate: int = 1) -> Any:
@@ -117,77 +114,4 @@ def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, caps
     assert "gets no more rows: File too large" in capsys.readouterr().err
 
 
-def test_the_picture_is_drawn_for_few_and_many_experts_and_is_readable(tmp_path, monkeypatch):
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, metadata: drawn.append(figure))
-    over_training = {step: [1.2, 1.5, 3.4, 1.1, 1.9] for step in (9, 19, 29)}
-    for num_experts, steps in ((2, {}), (64, over_training), (8, {9: [1.0] * 5, 19: [1.0] * 5})):
-        draw_load([list(range(num_experts)), [0] * num_experts], tmp_path / "load.png", steps)
-        assert_readable(drawn[-1])
-    assert [len(figure.axes) for figure in drawn] == [2, 3, 3], (
-        "a heat map, its colours, and the load over training"
-    )
-    assert [len(figure.axes[1].lines) for figure in drawn[1:]] == [3, 1], "one rank is never uneven"
-
-
 # -------------------------------------------------- the alarm for a collapsed router
-
-TOKENS = 100
-
-
-def window_of(*layers: list[int]) -> torch.Tensor:
-    """Return the load sums of layers with these copies per expert."""
-    return torch.tensor([[*counts, TOKENS, 0] for counts in layers])
-
-
-def alarms(alarm: CollapseAlarm, sums: torch.Tensor, times: int) -> list[str]:
-    return [line for _ in range(times) for line in alarm(sums)]
-
-
-def test_a_collapsed_layer_is_named_once_with_its_expert_and_share():
-    alarm, sums = CollapseAlarm(), window_of([25, 25, 25, 25], [5, 5, 80, 10])
-    assert alarms(alarm, sums, PATIENCE - 1) == []
-    (line,) = alarms(alarm, sums, 1)
-    assert line.startswith(
-        "MoE layer 1: the router has collapsed, expert 2 gets 80% of the tokens (fair: 25%)"
-    )
-    assert (
-        alarms(alarm, window_of([25, 25, 25, 25], [25, 25, 25, 25]), 1)
-        == alarms(alarm, sums, 3 * PATIENCE)
-        == []
-    )
-
-
-@pytest.mark.parametrize(
-    "counts, collapsed",
-    [
-        ([62, 13, 13, 12], False),  # K = 1 of 4: even is 25 of 100 tokens, halfway to all is 62.5
-        ([63, 13, 12, 12], True),
-        ([75, 65, 30, 30], False),  # K = 2 of 4: even is 50, halfway is 75
-        ([76, 64, 30, 30], True),
-        ([100, 100, 0, 0], True),
-        ([100, 100, 100, 100], False),  # every expert has every token: there is no choice
-        ([0, 0, 0, 0], False),
-    ],
-)
-def test_collapsed_is_more_than_halfway_from_even_to_all_tokens(counts, collapsed):
-    assert bool(alarms(CollapseAlarm(), window_of(counts), PATIENCE)) == collapsed
-
-
-def test_a_collapsed_double_gate_is_noticed():
-    """Its sums count each of 50 tokens twice, and a token's two experts differ: all tokens are half
-    of the count."""
-    assert alarms(CollapseAlarm(doubled={0}), window_of([50, 50, 0, 0]), PATIENCE)
-    assert not alarms(CollapseAlarm(doubled={0}), window_of([35, 35, 15, 15]), PATIENCE)
-    assert not alarms(CollapseAlarm(), window_of([50, 50, 0, 0]), PATIENCE)
-    assert not alarms(CollapseAlarm(doubled={1}), window_of([50, 50, 0, 0]), PATIENCE), (
-        "Swin's other stage has one gate"
-    )
-
-
-def test_a_break_resets_the_count():
-    alarm = CollapseAlarm()
-    for sums in [window_of([97, 1, 1, 1])] * (PATIENCE - 1) + [window_of([25, 25, 25, 25])]:
-        assert alarm(sums) == []
-    assert alarms(alarm, window_of([97, 1, 1, 1]), PATIENCE - 1) == []
-    assert len(alarms(alarm, window_of([97, 1, 1, 1]), 1)) == 1

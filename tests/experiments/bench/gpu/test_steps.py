@@ -6,11 +6,8 @@ No card is needed: the profile is written by hand in the form in which torch exp
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from experiments.bench.gpu import check, steps
-from experiments.bench.layer import compare
 from experiments.engine.isolated import Place
 from scmoe.schedule.cost import Span
 
@@ -31,24 +28,6 @@ def test_models_train_on_one_device_in_bfloat16(tiny):
             1,
         )
     assert (small.model.dim, small.data.seq_len) == ((48, 32) if tiny else (768, 1024))
-
-
-def test_a_variant_that_cannot_run_has_its_error_and_the_others_their_times():
-    def x():
-        return torch.randn(4, 8, requires_grad=True)
-
-    variants = {
-        "small": lambda: (nn.Linear(8, 8), x()),
-        "other": lambda: (nn.Linear(8, 8), x()),
-        "broken": lambda: (nn.Linear(9, 8), x()),
-    }
-    found = compare(torch.device("cpu"), variants, {"other": "small", "broken": "small"}, rounds=2)
-    assert list(found) == list(variants)
-    assert (
-        found["other"]["over"] == "small"
-        and found["other"]["train_ratio"] > 0 < found["small"]["forward_ms"]
-    )
-    assert "shapes cannot be multiplied" in found["broken"]["error"]
 
 
 def test_beside_is_the_share_of_transfers_in_which_an_operator_computes():

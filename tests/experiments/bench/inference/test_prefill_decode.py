@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.bench.inference import generation, prefill_decode
+from experiments.bench.inference import prefill_decode
 from experiments.bench.inference.gains import draw, summary, tables, uneven_report
 from experiments.bench.inference.pass_figures import SHAPES, PassFigures
 from experiments.bench.inference.prefill_decode import (
@@ -163,14 +163,3 @@ def test_all_rows_are_measured_and_reported(tmp_path):
     for row in uneven["rows"].values():
         for figures in (row[shape] for shape in SHAPES if shape in row):
             assert figures["over_balanced"] > 0 and figures["max_over_mean_ranks"] == 2
-
-
-@pytest.mark.smoke
-def test_generation_with_a_cache_and_without_gives_the_same_tokens_and_a_table():
-    """`measure` raises where a token differs."""
-    report = generation.measure(0, 1, tokens=6, rounds=2).report()
-    assert report["decode_over_operators"] > 1
-    assert min(report[name] for name in generation.WORDS) > 0
-    assert {"shared_expert", "head"} <= report["operators_ms"].keys()
-    figures, operators = generation.tables(report)
-    assert "a decoding step, ms" in figures.markdown() and "head" in operators.markdown()

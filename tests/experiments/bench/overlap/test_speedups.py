@@ -12,21 +12,17 @@ from typing import Any
 
 import pytest
 
-from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.overlap import rounds, speedups, timeline
 from experiments.bench.row import from_json
 from experiments.bench.setting import Setting
-from experiments.bench.training import slow_network
 from experiments.engine import links
 from experiments.engine.ranks import run_ranks
 from experiments.simulate.reports import read_reports
-from scmoe.config.leaves import ConfigError
 from scmoe.planning import planner
 from tests.support.commands import called, run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.smoke]
 MISSING = links.why_not()
-on_links = pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
 ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TIMES_OF_BLOCKS = ("free_forward", "free_backward", "update")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
@@ -86,40 +82,6 @@ def test_bench_overlap(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
-@pytest.mark.faults
-@on_links
-def test_bench_train(tmp_path):
-    """Both rows train the debug configuration on the links and without a rate. How long two batches
-    in flight wait for rows alone is not known."""
-    words = (
-        "trainer.max_steps=60",
-        "trainer.log_every=2",
-        "trainer.val_every=30",
-        "data.name=synthetic",
-    )
-    rows = ("--rows", "top2_two", "--rows", "scmoe_pos2", "--rounds", "2", "--out", str(tmp_path))
-    report = run("-m", "experiments.bench", "train", "--config", "debug", *rows, *words).summary
-    assert list(report["rows"]) == ["top2_two", "scmoe_pos2"]
-    two = report["rows"]["top2_two"]
-    assert two["speedup"] == 1.0 and "exposed_rows_s" not in two
-    for row in report["rows"].values():
-        assert row["compute_s"] + row["exposed_s"] == pytest.approx(row["step_s"])
-        if "exposed_rows_s" in row:
-            parts = row["exposed_rows_s"] + row["exposed_gradients_s"]
-            assert parts == pytest.approx(row["exposed_s"])
-        assert row["rows_over_gradients"] > 0 and row["peak_mb"] > 0
-        assert len(row["val_losses"]) == 2 and row["val_losses"][-1][1] == row["val_loss"]
-    assert (tmp_path / "train-two-batches-share-0.52.png").exists()
-
-
-def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(links, "require", lambda: None)
-    monkeypatch.setattr(slow_network, "bench_train", lambda *args: given.append(args))
-    assert called("bench", "train", "moe.num_experts=6", "--ranks", "3").code == 0
-    assert given[0][:2] == (TrainingSetting(ranks=3), ("moe.num_experts=6",))
-
-
 def without_rate(
     rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any
 ) -> Any:
@@ -145,12 +107,6 @@ def tiny_on_loopback(monkeypatch):
     monkeypatch.setattr(links, "enter", lambda *_: None)
     for module in (speedups, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
-
-
-def test_bench_train_refuses_to_stop_early(tmp_path):
-    with pytest.raises(ConfigError, match="early_stopping"):
-        setting = TrainingSetting("debug", rounds=2, rows=("top2",))
-        slow_network.bench_train(setting, ["trainer.early_stopping=1"], tmp_path)
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):

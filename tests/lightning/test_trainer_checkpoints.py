@@ -1,0 +1,43 @@
+"""What a Trainer's checkpoint cannot hold is refused by name."""
+
+import enum
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from lightning.pytorch import Callback, LightningModule
+
+from scmoe.lightning.trainer_checkpoints import check_can_be_saved
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Stateful(Callback):
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+
+class Unready(Callback):
+    def state_dict(self):
+        raise AttributeError("best is not known before the first validation")
+
+
+def trainer_of(hparams, *callbacks):
+    module = LightningModule()
+    module.save_hyperparameters(hparams)
+    return SimpleNamespace(lightning_module=module, datamodule=None, callbacks=[*callbacks])
+
+
+def test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name():
+    check_can_be_saved(trainer_of({"dim": 16}, Stateful({(1, 2): 0.5}), Unready()))
+    with pytest.raises(TypeError, match=r"hyper-parameter of LightningModule .*int64"):
+        check_can_be_saved(trainer_of({"dim": np.int64(16)}))
+    with pytest.raises(TypeError, match=r"callback Stateful .*Colour"):
+        check_can_be_saved(
+            trainer_of({}, Stateful(Colour.RED), Stateful(1))
+        )  # each of one class is looked at
