@@ -70,6 +70,7 @@ def file_of(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / evaluation.FILE).read_text())
 
 
+@pytest.mark.faults
 def test_tasks_on_ranks_have_the_bits_of_one_process(runs, tmp_path, monkeypatch):
     """`write` is a task of lm-eval whose answers the model writes, scored by the letters that they
     share with ABC."""

@@ -79,6 +79,7 @@ def many(tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("many"), *words, ranks=2).run_dir
 
 
+@pytest.mark.faults
 def test_the_best_validations_are_kept_and_the_best_one_is_found(many):
     losses = column(many, "val/bits_per_byte")
     best = sorted(losses, key=losses.__getitem__)[:3]
@@ -90,6 +91,7 @@ def test_the_best_validations_are_kept_and_the_best_one_is_found(many):
     assert find_checkpoint(many).name in ("step=8.ckpt", "best-step=8.ckpt")
 
 
+@pytest.mark.faults
 def test_a_run_goes_on_from_a_chosen_step_as_it_did_before(many):
     """Every metric of the steps that are done again is the same, and later checkpoints are out of
     the way."""
