@@ -1,6 +1,8 @@
-"""This sweep file has every kind of key. Tests change one key at a time."""
+"""This sweep file has every kind of key. Tests change one key at a time, or make trials of it."""
 
 from pathlib import Path
+
+from scmoe.sweeps.search import Trial
 
 ROOT = Path(__file__).parents[2]
 GOOD = {
@@ -17,3 +19,10 @@ GOOD = {
     },
     "run_cap": 3,
 }
+
+
+def trial(number: int, *history: float, state: str = "finished") -> Trial:
+    parameters = {"optim.lr": 10.0**-number, "moe.combine": "cg1"}
+    return Trial(
+        number, {"optim.lr": 0.5, "moe.combine": 0}, parameters, state, list(history), len(history)
+    )

@@ -3,28 +3,13 @@
 import math
 
 import pytest
-import yaml
-from matplotlib.figure import Figure
 
-from scmoe.config.load import load
 from scmoe.sweeps.search import Trial, best, propose, total
-from scmoe.sweeps.sweep_file import Sweep, read
-from scmoe.sweeps.sweep_report import draw, table, write_report
-from tests.support.pictures import assert_readable
+from scmoe.sweeps.sweep_file import Sweep
 from tests.support.sweeps import GOOD
 
 LR = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-1}
 COMBINE = {"values": ["cg1", "cg2", "direct_add"]}
-
-
-@pytest.fixture
-def sweep_of(tmp_path):
-    def sweep_of(**changes: object) -> Sweep:
-        config = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
-        (tmp_path / "s.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        return read(str(tmp_path / "s.yaml"), [f"runs_dir={tmp_path}"])
-
-    return sweep_of
 
 
 def loss(trial: Trial) -> float:
@@ -120,58 +105,3 @@ def test_target_ends_a_sweep(sweep_of):
         sweep_of(metric=metric, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=500)
     )
     assert [loss(trial) <= 0.5 for trial in trials] == [False] * (len(trials) - 1) + [True]
-
-
-def trial(number: int, *history: float, state: str = "finished") -> Trial:
-    parameters = {"optim.lr": 10.0**-number, "moe.combine": "cg1"}
-    return Trial(
-        number, {"optim.lr": 0.5, "moe.combine": 0}, parameters, state, list(history), len(history)
-    )
-
-
-def test_the_report_says_which_was_best(sweep_of, tmp_path):
-    sweep = sweep_of()
-    failed = trial(4, state="failed")
-    failed.reason = "FloatingPointError: [no] | number"
-    trials = [trial(1, 3), trial(2, 9, 1), trial(3, 9, 2), failed]
-    assert best(sweep, trials) is trials[1]
-    assert list(table(sweep, trials).rows) == ["2", "3", "1", "4"]
-    sweep.folder.mkdir(parents=True)
-    summary = write_report(sweep, trials)
-    assert {key: summary[key] for key in ("trials", "finished", "failed")} == {
-        "trials": 4,
-        "finished": 3,
-        "failed": 1,
-    }
-    assert (summary["best"]["trial"], summary["best"]["val/loss"]) == (2, 1)
-    lines = (sweep.folder / "results.csv").read_text().splitlines()
-    assert lines[0] == "trial,state,optim.lr,moe.combine,val/loss,steps,seconds,run_dir,reason"
-    assert lines[2].startswith("2,finished,0.01,cg1,1,2,")
-    assert "FloatingPointError: [no] / number |" in table(sweep, trials).markdown()
-    config = load(summary["best"]["config"])
-    assert (config.optim.lr, config.name) == (0.01, "debug")
-    assert (sweep.folder / "chart.png").exists()
-    for results in (trials, [failed], []):
-        path = tmp_path / f"{len(results)}.png"
-        draw(sweep, results, path)
-        assert path.stat().st_size > 5_000, "drawn, also without results"
-
-
-def test_a_failed_trial_stands_at_its_own_category(sweep_of, tmp_path, monkeypatch):
-    """Only the finished trial sets the range of numbers; a category has its place whether its
-    trials fail or not."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    path = "scmoe:no-such-file/of/any/model"
-    sweep = sweep_of(method="grid", parameters={"init_from": {"values": [None, path]}})
-    states = {None: "finished", path: "failed"}
-    trials = [
-        Trial(i, {}, {"init_from": value}, state, [3.0], 3)
-        for i, (value, state) in enumerate(states.items())
-    ]
-    draw(sweep, trials, tmp_path / "chart.png")
-    (panel,) = figures[0].axes
-    (failed,) = [dots for dots in panel.collections if dots.get_label() == "failed"]
-    names = [label.get_text().replace("\n", "") for label in panel.get_xticklabels()]
-    assert names[round(failed.get_offsets()[0, 0])] == path
-    assert_readable(figures[0])
