@@ -150,7 +150,7 @@ figure13: $(READY)  ## seldom: measure Fig. 13, offloaded experts, and draw it; 
 test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)
 
-test-fast: $(READY)  ## run the quick tests of the model, its schedules, config and training, in less than a minute
+test-fast: $(READY)  ## run the quick tests of the model, its schedules, config and training, in about a minute
 	@$(PYTEST) -m "$(QUICK)" $(ELSEWHERE:%=--ignore=tests/%) $(ARGS)
 
 test-dist: $(READY)  ## seldom: run the tests that start several processes
