@@ -5,16 +5,17 @@ They show no measurement. The timelines are the cost model's, of the operator ti
 experiments/figures/unmeasured.py assumes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.engine.gantt import COLORS, OTHER, draw
+from experiments.engine.gantt import COLORS, OTHER, draw, with_sublayers
 from experiments.figures.unmeasured import TIMES, TOP2_TIMES, arrow, box, canvas
 from scmoe.charts import PAPER, SMALL, chart
-from scmoe.schedule.cost import OperatorTimes, Span, best_schedule, elapsed_time, per_chunk, play
+from scmoe.schedule.cost import OperatorTimes, best_schedule, elapsed_time, per_chunk, play_block
 from scmoe.schedule.cost import slots as all_slots
+from scmoe.schedule.play import BEFORE, Span
 from scmoe.schedule.schedule import POSITIONS, Schedule
-from scmoe.schedule.stack import BEFORE, half_of, play_halves
+from scmoe.schedule.stack import half_of, play_stack
 from scmoe.training.learning_rate import LearningRate
 
 UNIT = "time from the tap, in units of one MLP"
@@ -54,7 +55,7 @@ def slots(path: Path) -> None:
     lines = {}
     for choice, time in times.items():
         note = ", shortest" if time == min(times.values()) else ""
-        lines[f"{choice.place}{note}"] = play(choice.operators(), TIMES)
+        lines[f"{choice.place}{note}"] = play_block(choice, TIMES)
     draw(lines, path, "ScMoE (Pos-2): the same pair with its experts at each slot", UNIT)
 
 
@@ -64,8 +65,8 @@ def chunks(path: Path) -> None:
     lines = {}
     for n in (1, 2, 4):
         choice = Schedule("top_k", chunks=n)
-        lines["1 chunk" if n == 1 else f"{n} chunks"] = play(
-            choice.operators(), per_chunk(choice, TOP2_TIMES)
+        lines["1 chunk" if n == 1 else f"{n} chunks"] = play_block(
+            choice, per_chunk(choice, TOP2_TIMES)
         )
     draw(lines, path, "Standard top-2: the rows of its MoE stream in chunks", UNIT)
 
@@ -124,23 +125,8 @@ def played(
     """
     pair = OperatorTimes({**times, BEFORE: sum(times[operator] for operator in before)})
     layer = (schedule, pair if batches == 1 else half_of(pair))
-    halves = play_halves([layer, layer], batches=batches)
-    return [list(with_operators(spans, times, before)) for spans in halves]
-
-
-def with_operators(
-    spans: Iterable[Span], times: Mapping[str, float], before: Sequence[str]
-) -> Iterable[Span]:
-    """Yield the spans, with the operators of a pair before its tap in place of their sum."""
-    for span in spans:
-        if span.operator != BEFORE:
-            yield span
-            continue
-        share = (span.end - span.start) / sum(times[operator] for operator in before)
-        start = span.start
-        for operator in before:
-            yield Span(operator, start, start + share * times[operator])
-            start += share * times[operator]
+    spans = [*with_sublayers(play_stack([layer, layer], batches=batches), times, before)]
+    return [[span for span in spans if span.half == half] for half in range(batches)]
 
 
 def learning_rates(path: Path) -> None:

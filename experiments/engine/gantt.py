@@ -1,11 +1,12 @@
 """Draws played or measured operators like Fig. 7: a row of computation above a row of
 communication."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
-from scmoe.schedule.cost import TRANSFERS, Span, elapsed
+from scmoe.schedule.play import BEFORE, TRANSFERS, Span, elapsed
 from scmoe.schedule.schedule import ATTENTION_PARTS
 
 COLORS = {
@@ -18,6 +19,22 @@ COLORS = {
 }
 OTHER = "#bab0ac"
 DARK = (BLUE, GREEN, RED)  # letters on these are white
+
+
+def with_sublayers(
+    spans: Iterable[Span], times: Mapping[str, float], before: Sequence[str]
+) -> Iterator[Span]:
+    """Yield the spans, with the sub-layers of a pair before its tap in place of their sum."""
+    for span in spans:
+        if span.operator != BEFORE:
+            yield span
+            continue
+        share = (span.end - span.start) / sum(times[operator] for operator in before)
+        start = span.start
+        for operator in before:
+            end = start + share * times[operator]
+            yield replace(span, operator=operator, start=start, end=end)
+            start = end
 
 
 def draw(

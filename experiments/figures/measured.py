@@ -34,7 +34,7 @@ from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.predict.row_names import PIPELINED, name_of
 from scmoe.runs.seen import open_run
-from scmoe.schedule.cost import TRANSFERS
+from scmoe.schedule.play import TRANSFERS
 from scmoe.training.callbacks.representation_charts import draw_gating, draw_similarity
 
 PCIE_MODULE, PCIE_PAIR = 0.60, 0.52

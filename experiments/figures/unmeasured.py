@@ -3,15 +3,17 @@
 The timelines are the cost model's: the operator times below are assumed, and stand in the titles.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from experiments.engine.gantt import COLORS, DARK, draw
+from experiments.engine.gantt import COLORS, DARK, draw, with_sublayers
 from scmoe.charts import PAPER, SMALL, chart
-from scmoe.schedule.cost import OperatorTimes, best_schedule, play
+from scmoe.schedule.cost import OperatorTimes, best_schedule
 from scmoe.schedule.cost import slots as all_slots
+from scmoe.schedule.play import BEFORE, Span, order_of, play
 from scmoe.schedule.schedule import ATTENTION_PARTS, Schedule
 
 # Units of one MLP: attention 3 (as in the testbed's emulated compute), and transfers such that a
@@ -32,19 +34,32 @@ TOP2_TIMES = {
 def timelines(path: Path) -> None:
     """Draw a standard top-2 pair that waits for its transfers, and ScMoE at Pos-2 with the best
     slot (Fig. 7)."""
-    standard = ("attention", "mlp", "attention", *Schedule("top_k").operators())
     whole = [
         choice for choice in all_slots(Schedule("scmoe", "pos2")) if not choice.inside_attention
     ]
     schedule = best_schedule(whole, {1: OperatorTimes(TIMES)})
-    shortcut = ("attention", *schedule.operators())
-    pairs = {"Standard top-2, sequential": play(standard, TOP2_TIMES, sequential=True)}
-    pairs[f"ScMoE (Pos-2), experts at slot {schedule.slot}"] = play(shortcut, TIMES)
+    pairs = {
+        "Standard top-2, sequential": pair_spans(
+            Schedule("top_k"), TOP2_TIMES, ("attention", "mlp", "attention"), sequential=True
+        ),
+        f"ScMoE (Pos-2), experts at slot {schedule.slot}": pair_spans(
+            schedule, TIMES, ("attention",)
+        ),
+    }
     title = (
         "One pair, forward, by the cost model (attention 3, MLP 1, All-to-All of one expert per"
         " token 2.45)"
     )
     draw(pairs, path, title, "time, in units of one MLP")
+
+
+def pair_spans(
+    schedule: Schedule, times: Mapping[str, float], before: Sequence[str], sequential: bool = False
+) -> list[Span]:
+    """Return when the operators of a pair run. before: its sub-layers before the tap."""
+    whole = {**times, BEFORE: sum(times[operator] for operator in before)}
+    spans = play(order_of([schedule], sequential=sequential), [whole])[0]
+    return [*with_sublayers(spans, times, before)]
 
 
 def pair(path: Path) -> None:

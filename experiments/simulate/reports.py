@@ -19,7 +19,8 @@ from experiments.bench.row import Row, from_json, rows_of
 from experiments.bench.setting import Setting, share_sent
 from experiments.engine.links import BURST_KIB
 from scmoe.predict.row_names import batches_of
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes
+from scmoe.schedule.cost import OperatorTimes
+from scmoe.schedule.play import TRANSFERS
 
 ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")

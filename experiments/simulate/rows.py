@@ -13,14 +13,13 @@ from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
 from experiments.simulate.reports import LAUNCH_S, ROUTED, Calibration
 from scmoe.loads import Sizes, load_of
-from scmoe.predict.played_load import Load
 from scmoe.predict.rank_shares import rank_shares
 from scmoe.predict.row_names import batches_of
 from scmoe.predict.shared_link import Sum
 from scmoe.predict.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
-from scmoe.schedule.cost import LAUNCH, OperatorTimes, slots
+from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.play import BEFORE, LAUNCH, Load
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
-from scmoe.schedule.stack import BEFORE
 
 EVERY = 2  # pairs of blocks
 BY_ROWS = ("encode", "dispatch", "experts", "combine", "decode")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from scmoe.moe.operators import Direction
-from scmoe.schedule.cost import TRANSFERS, Span
+from scmoe.schedule.play import TRANSFERS, Span
 
 
 class Mark(NamedTuple):

@@ -21,7 +21,7 @@ def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[La
 
     priced: by number of chunks, those of the lowest price first. Prices of numbers of chunks cannot
     be compared: they omit what more and smaller transfers cost, and what chunks gain under uneven
-    rows (schedule/cost.py).
+    rows (schedule/play.py).
     """
     best = [candidates[0] for candidates in priced.values()]
     assert len(best) <= CANDIDATES

@@ -21,18 +21,10 @@ from torch import Tensor
 
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Mark, Recorder
-from scmoe.schedule.cost import (
-    PER_CHUNK,
-    TRANSFERS,
-    OperatorTimes,
-    Span,
-    elapsed_time,
-    exposed_time,
-    mismatch,
-    slots,
-)
+from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, mismatch, slots
+from scmoe.schedule.play import BEFORE, PER_CHUNK, TRANSFERS, Span
 from scmoe.schedule.schedule import ATTENTION_PARTS, ModelSchedule, Schedule
-from scmoe.schedule.stack import BEFORE, half_of, waiting_time, windows_time
+from scmoe.schedule.stack import half_of, waiting_time, windows_time
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", *ATTENTION_PARTS, "mlp", "shared_expert", "current")
@@ -159,9 +151,8 @@ def measured(
 def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
     """Return when each operator begins and ends on this rank, [directions, N + 1, 2].
 
-    The operators are those between the tap and the end of the block, in the order of
-    `operator_names`; then comes all that is before the tap. What was not noted takes no time, at
-    the tap.
+    The operators are those between the tap and the end of the block, in the order of `operator_names`;
+    then comes all that is before the tap. What was not noted takes no time, at the tap.
     """
     rows = []
     for direction in directions:

@@ -23,7 +23,7 @@ from scmoe.blocks.sublayers import Residual, SelfAttention, outermost
 from scmoe.moe import experts
 from scmoe.parallel.dense.memory import RankJob
 from scmoe.predict.counted_step import Call, Counting, give_storages, tensors_in, without_numbers
-from scmoe.schedule.cost import TRANSFERS
+from scmoe.schedule.play import TRANSFERS
 from scmoe.schedule.schedule import Schedule
 
 OUTSIDE = "outside"  # of any operator

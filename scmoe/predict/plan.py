@@ -16,11 +16,11 @@ from random import Random
 from typing import Literal, NamedTuple, Protocol
 
 from scmoe.predict.operator_costs import Costs
-from scmoe.predict.played_load import Load
 from scmoe.predict.profile import BANDS, Machine, Profile, scaled
 from scmoe.predict.row_names import PIPELINED, TWO
 from scmoe.predict.simulated_step import Block, Head, Setting, StepTime, simulate_step
 from scmoe.predict.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
+from scmoe.schedule.play import Load
 from scmoe.schedule.schedule import Schedule
 
 CHUNKS = (1, 2, 4, 8)

@@ -7,8 +7,7 @@ from functools import cache
 from scmoe.loads import Load as Routing
 from scmoe.loads import Sizes, counts_of
 from scmoe.predict.plan import LoadOf
-from scmoe.predict.played_load import Load
-from scmoe.schedule.cost import shares
+from scmoe.schedule.play import Load, shares
 
 STEPS = 8  # of a load that are played at most; those of a recording are spread over all of it
 TOKENS = 2048  # of a rank that are dealt: shares do not depend on their number

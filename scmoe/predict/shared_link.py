@@ -10,8 +10,15 @@ n + 1 times as long, unless the sums end before. A sum that becomes ready while 
 for their end; so does one that becomes ready while a transfer waits for the one before it, as the
 timelines place a transfer when it is launched.
 
-A link may have a token bucket (token_bucket.py). Sums travel at the link's rate, and after one of
-them nothing is saved, however short it is.
+A link may have a token bucket: while it is idle it saves up to a burst, in seconds of transfers at
+its rate, and it sends that much of the next transfer at once. The links of the testbed have one
+(experiments/engine/links.py); others have a burst of 0. One bucket stands for those of all ranks
+and for both directions. It is full when a pass begins.
+
+    link     idle    | transfer of 8, begins with 3 saved: takes 5 | queued transfer of 8: takes 8
+    saved    3           0                                           0
+
+Sums travel at the link's rate, and after one of them nothing is saved, however short it is.
 
 NCCL runs the sums of a group one after another. gloo runs two: with four sums of 1 MiB on the link,
 a transfer of 1 MiB took 3.0 and 3.2 times as long as alone (118 and 274 Mbit/s, 2-core CPU, shared,
@@ -22,8 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from scmoe.predict.token_bucket import TokenBucket
-from scmoe.schedule.cost import PER_CHUNK, Span
+from scmoe.schedule.play import PER_CHUNK, Span
 
 
 class Sum(NamedTuple):
@@ -51,19 +57,52 @@ class Waiting(NamedTuple):
     seconds: float
 
 
-class SharedLink:
-    """The link from time 0 on, while the backward of some blocks is played.
+class TokenBucket:
+    """What a link saves while it is idle, from time 0 on.
 
-    halves: of a batch, which run through the blocks. at_once: sums that share the link with a
-    transfer of rows. waiting: sums of what has run before. bucket: what the link saves while it is
-    idle; None: nothing.
+    burst: seconds that the link needs for what it saves at most. saved: of that, at time 0; None:
+    all. sent_at_once: seconds of all transfers so far that were not needed, as they were saved.
+    """
+
+    def __init__(self, burst: float, saved: float | None = None) -> None:
+        self.burst = burst
+        self.saved = burst if saved is None else saved
+        self.idle_from = 0.0
+        self.sent_at_once = 0.0
+
+    def meets(self, begin: float, duration: float) -> float:
+        """Carry a transfer. duration: at the link's rate. Return by how much it takes longer:
+        negative, as a part was saved, or 0."""
+        saved = self.saved_at(begin)
+        at_once = min(saved, duration)
+        self.saved = saved - at_once
+        self.idle_from = begin + duration - at_once
+        self.sent_at_once += at_once
+        return -at_once
+
+    def saved_at(self, time: float) -> float:
+        """Return the seconds that are saved at a time, before which the link is idle."""
+        return min(self.burst, self.saved + max(0.0, time - self.idle_from))
+
+    def spend(self, until: float) -> None:
+        """Note that other bytes travel until a time, so that nothing is saved then."""
+        self.saved = 0.0
+        self.idle_from = until
+
+
+class SharedLink:
+    """The link while a pass is played, which begins at time 0.
+
+    blocks: whose gradients are summed; none in forward. halves: of a batch, which run through the
+    blocks. at_once: sums that share the link with a transfer of rows. waiting: sums of what has run
+    before; `ready` may be negative. bucket: None: the link saves nothing.
     """
 
     def __init__(
         self,
         blocks: Sequence[Summed],
-        halves: int,
-        at_once: int,
+        halves: int = 1,
+        at_once: int = 1,
         waiting: Iterable[Waiting] = (),
         bucket: TokenBucket | None = None,
     ) -> None:
@@ -73,14 +112,17 @@ class SharedLink:
         self.waiting = sorted(waiting)
         self.bucket = bucket or TokenBucket(0.0)
         self.now = min((each.ready for each in self.waiting), default=0.0)
-        self.summed = 0.0  # seconds of the sums of these blocks
+        self.summed = sum(each.seconds for each in self.waiting)  # seconds of all sums so far
         self.later = 0.0  # how much longer transfers took as they met sums
         self.runs: Counter[tuple[int, int, str]] = Counter()  # of an operator in a half
         self.pieces: Counter[tuple[int, str, int]] = Counter()  # of a run that have ended
 
-    def computed(self, span: Span, layer: int = 0, half: int = 0) -> None:
+    def computed(self, span: Span) -> None:
         """Note that a piece of an operator has ended. A sum is ready with its last piece: the last
         chunk of the last half."""
+        if not self.blocks:
+            return
+        layer = span.layer
         block = self.blocks[layer]
         sums = [each for each in block.sums if each.operator == span.operator]
         if not sums:
@@ -90,8 +132,8 @@ class SharedLink:
         if span.operator in PER_CHUNK:
             pieces *= block.chunks
         else:
-            run = self.runs[layer, half, span.operator]
-            self.runs[layer, half, span.operator] += 1
+            run = self.runs[layer, span.half, span.operator]
+            self.runs[layer, span.half, span.operator] += 1
         self.pieces[layer, span.operator, run] += 1
         if self.pieces[layer, span.operator, run] < pieces:
             return
@@ -129,15 +171,6 @@ class SharedLink:
         self.now = max(self.now, until)
         return end
 
-    def left_at(self, time: float) -> tuple[Waiting, ...]:
-        """Return the sums that are left at a time, counted from then on. No rows travel before
-        it."""
-        self.carry_sums(time)
-        return tuple(
-            Waiting(round(max(0.0, ready - time), 12), round(seconds, 12))
-            for ready, seconds in self.waiting
-        )
-
     def _carry(self, seconds: float) -> None:
         """Take seconds from the sums, in order."""
         while self.waiting and self.waiting[0].seconds <= seconds:
@@ -145,11 +178,3 @@ class SharedLink:
         if seconds > 0 and self.waiting:
             first = self.waiting[0]
             self.waiting[0] = first._replace(seconds=first.seconds - seconds)
-
-
-def left_at(
-    time: float, waiting: Iterable[Waiting], bucket: TokenBucket | None = None
-) -> tuple[Waiting, ...]:
-    """Return which sums are left at a time before which no rows travel, counted from then on.
-    bucket: of the link, from which they take."""
-    return SharedLink([], 1, 1, waiting, bucket).left_at(time)

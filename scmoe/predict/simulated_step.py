@@ -5,8 +5,8 @@ likewise.
     link, rows             | dispatch | combine     |          | ...
     link, sums                                              dense gradients beside rows and in gaps
 
-A block is played as the benches' timelines are (schedule/cost.py; two batches in flight:
-schedule/stack.py). What is added here:
+All blocks are played on one timeline (schedule/play.py), as those of the benches are. What is added
+here:
 
     sums        the gradients of an operator are ready when its backward has ended on the last half.
                 They share the link with rows (shared_link.py). What is left after backward is
@@ -15,27 +15,32 @@ schedule/stack.py). What is added here:
                 rows, and the experts read all their weights: t = max((all - fixed) / pieces, least)
                 + fixed. A half reads the weights of attention, MLP and shared expert again too,
                 which timed_blocks.py leaves out: their `least` is 0
-    burst       an idle link may have saved a part of the next transfer (token_bucket.py)
+    burst       an idle link may have saved a part of the next transfer (shared_link.py)
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
 
-With one batch in flight, an uneven load is played with the rows of each rank (`play_ranks`). With
-two, every transfer takes as long as that of the busiest direction of all ranks, and the experts as
-long as those of the busiest rank. Left out: how the tax moves later transfers, and sums of weights
-that are split over ranks (FSDP).
+An uneven load is played with the rows of each rank that may be the slowest. Left out: how the tax
+moves later transfers, and sums of weights that are split over ranks (FSDP).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from scmoe.predict.played_load import Load, busiest, dominant
-from scmoe.predict.shared_link import SharedLink, Sum, Waiting, left_at
-from scmoe.predict.token_bucket import TokenBucket
-from scmoe.schedule.cost import EVEN, PER_CHUNK, TRANSFERS, OperatorTimes, Span, play_ranks
+from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
+from scmoe.schedule.cost import OperatorTimes
+from scmoe.schedule.play import (
+    PER_CHUNK,
+    TRANSFERS,
+    Load,
+    elapsed,
+    mirror,
+    order_of,
+    play,
+    slowest_ranks,
+)
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.stack import BEFORE, order_of, play_order
 
 Direction = Literal["forward", "backward"]
 NOTHING = OperatorTimes({})
@@ -77,7 +82,7 @@ class Setting:
 
     batches_in_flight: 2: halves in turns. sequential: transfers as Blocking has them.
     accumulate: batches of a step. sums_at_once: that share the link with a transfer of rows.
-    burst: seconds of transfers that an idle link saves at most (token_bucket.py). tax: what
+    burst: seconds of transfers that an idle link saves at most (shared_link.py). tax: what
     computation loses of the time that a transfer runs beside it. longer: by what factor
     computing all rows takes longer in two halves, beside launches and weights. update_s, other_s:
     seconds of a step.
@@ -163,9 +168,7 @@ def simulate_step(
 ) -> StepTime:
     """Return the time of an optimizer step.
 
-    loads: of each block, of a batch on each rank; None: even. Equal blocks and loads are played
-    faster if they are the same object.
-    """
+    loads: of each block, of a batch on each rank; None: even."""
     head = head or Head()
     forward = play_pass(blocks, "forward", setting, head, loads)
     last = play_pass(blocks, "backward", setting, head, loads)
@@ -231,146 +234,27 @@ def play_pass(
     loads: Sequence[Load] | None,
 ) -> Pass:
     """Return a pass of one batch through all blocks and the head."""
-    through = _halves if setting.batches_in_flight == 2 else _whole
-    if direction == "forward":
-        played = through(blocks, direction, setting, loads, ())
-        return played._replace(
-            computing=played.computing + head.forward, elapsed=played.elapsed + head.forward
-        )
-    # the blocks' backward begins at 0, after that of the head
-    of_head = [Waiting((each.part - 1) * head.backward, each.seconds) for each in head.sums]
-    played = through(blocks, direction, setting, loads, of_head)
-    return Pass(
-        played.computing + head.backward,
-        played.elapsed + head.backward,
-        played.carried,
-        played.sums,
-        played.end + head.backward,
-    )
-
-
-class PlayedBlock(NamedTuple):
-    """A block on each rank. waiting: the sums that the link has not carried when the first rank
-    has ended it, from then on. in_bucket: what the link has saved then. shorter: by how much its
-    transfers are, in all, than at the link's rate; negative: longer, as they meet sums. sums:
-    seconds of its own sums on the link."""
-
-    spans_R: list[list[Span]]
-    waiting: tuple[Waiting, ...]
-    in_bucket: float
-    shorter: float
-    sums: float = 0.0
-
-
-def _whole(
-    blocks: Sequence[Block],
-    direction: Direction,
-    setting: Setting,
-    loads: Sequence[Load] | None,
-    waiting: Sequence[Waiting],
-) -> Pass:
-    """Return a pass with one batch in flight. All rows of a block have arrived at its end. waiting:
-    sums of what has run before."""
-    layers = list(range(len(blocks)))
-    played: dict[Any, PlayedBlock] = {}
-    shares: Load = []
-    previous: Load | None = None
-    starts = [0.0]
-    computing = 0.0
-    carried = 0.0
-    sums = sum(each.seconds for each in waiting)
-    time = 0.0  # from which on `waiting` and the bucket count
-    bucket = TokenBucket(setting.burst)
-    waiting = left_at(time, waiting, bucket)
-    for layer in layers if direction == "forward" else reversed(layers):
-        block = blocks[layer]
-        load = None if loads is None else loads[layer]
-        if load is None:
-            shares = [[EVEN] for _ in range(block.schedule.chunks)]
-        elif load is not previous:
-            shares = dominant(load)
-            starts = [max(starts) for _ in shares[0]]
-        previous = load
-        # a block begins without rows on the links, so it runs in the same way wherever ranks are as
-        # much later than the first one and the same sums wait; times are rounded to find that again
-        first = min(starts)
-        late = tuple(round(start - first, 12) for start in starts)
-        waiting = left_at(first - time, waiting, bucket)
-        saved = round(bucket.saved_at(first - time), 12)
-        key = id(block), id(load), late, waiting, saved
-        if key not in played:
-            played[key] = _play_block(block, direction, setting, shares, late, waiting, saved)
-        of_block = played[key]
-        ends = [spans[-1].end + first for spans in of_block.spans_R]
-        slowest = of_block.spans_R[ends.index(max(ends))]
-        computing += sum(s.end - s.start for s in slowest if not s.is_transfer)
-        carried += sum(s.end - s.start for s in slowest if s.is_transfer) + of_block.shorter
-        sums += of_block.sums
-        waiting = of_block.waiting
-        bucket = TokenBucket(setting.burst, of_block.in_bucket)
-        starts = ends
-        time = min(ends)
-    end = time + SharedLink([], 1, 1, waiting).carry_sums(inf) if waiting else 0.0
-    return Pass(computing, max(starts), carried, sums, end)
-
-
-def _play_block(
-    block: Block,
-    direction: Direction,
-    setting: Setting,
-    shares: Load,
-    starts: Sequence[float],
-    waiting: Sequence[Waiting],
-    saved: float,
-) -> PlayedBlock:
-    schedule = block.schedule
-    times = piece_times(block, direction, setting)
-    bucket = TokenBucket(setting.burst, saved)
-    if direction == "forward":
-        operators = (BEFORE, *schedule.operators())
-        spans_R = play_ranks(operators, times, shares, setting.sequential, starts, bucket)
-        first = min(spans[-1].end for spans in spans_R)
-        return PlayedBlock(spans_R, (), bucket.saved_at(first), bucket.sent_at_once)
-    operators = (*schedule.backward_operators(), BEFORE)
-    link = SharedLink([block], 1, setting.sums_at_once, waiting, bucket)
-    spans_R = play_ranks(operators, times, shares, setting.sequential, starts, link)
-    first = min(spans[-1].end for spans in spans_R)
-    left = link.left_at(first)
-    shorter = bucket.sent_at_once - link.later
-    return PlayedBlock(spans_R, left, bucket.saved_at(first), shorter, link.summed)
-
-
-def _halves(
-    blocks: Sequence[Block],
-    direction: Direction,
-    setting: Setting,
-    loads: Sequence[Load] | None,
-    waiting: Sequence[Waiting],
-) -> Pass:
-    """Return a pass with two batches in flight, of a batch that is cut into these. waiting: as of
-    `_whole`."""
     times = [piece_times(block, direction, setting) for block in blocks]
-    if loads is not None:
-        times = [busiest(each, load) for each, load in zip(times, loads, strict=True)]
-    order = order_of([block.schedule for block in blocks])
+    schedules = [block.schedule for block in blocks]
+    order = order_of(schedules, setting.batches_in_flight, setting.sequential)
     bucket = TokenBucket(setting.burst)
-    if direction == "forward":
-        spans = [span for half in play_order(order, times, bucket) for span in half]
-        return _pass_of(spans, bucket.sent_at_once)
-    order = [step.mirrored() for step in reversed(order)]
-    waiting_at_0 = left_at(0.0, waiting, bucket)
-    link = SharedLink(blocks, 2, setting.sums_at_once, waiting_at_0, bucket)
-    spans = [span for half in play_order(order, times, link) for span in half]
-    played = _pass_of(spans, bucket.sent_at_once - link.later)
-    return played._replace(
-        sums=link.summed + sum(each.seconds for each in waiting), end=link.carry_sums(inf)
-    )
-
-
-def _pass_of(spans: Sequence[Span], shorter: float) -> Pass:
-    """Return a pass without sums of gradients. shorter: as of PlayedBlock."""
+    link = SharedLink([], bucket=bucket)
+    head_s = head.forward
+    if direction == "backward":
+        order = mirror(order)
+        head_s = head.backward
+        # the blocks' backward begins at 0, after that of the head
+        of_head = [Waiting((each.part - 1) * head_s, each.seconds) for each in head.sums]
+        link = SharedLink(blocks, setting.batches_in_flight, setting.sums_at_once, of_head, bucket)
+    shares = None if loads is None else slowest_ranks(loads)
+    slowest = max(play(order, times, shares, link), key=elapsed)
+    seconds = {True: 0.0, False: 0.0}
+    for span in slowest:
+        seconds[span.is_transfer] += span.end - span.start
     return Pass(
-        computing=sum(s.end - s.start for s in spans if not s.is_transfer),
-        elapsed=max((s.end for s in spans), default=0.0),
-        carried=sum(s.end - s.start for s in spans if s.is_transfer) + shorter,
+        computing=seconds[False] + head_s,
+        elapsed=elapsed(slowest) + head_s,
+        carried=seconds[True] + bucket.sent_at_once - link.later,
+        sums=link.summed,
+        end=link.carry_sums(inf) + head_s,
     )

@@ -22,9 +22,9 @@ from scmoe.predict.operator_costs import OUTSIDE, Costs, Layer, Part
 from scmoe.predict.profile import Groups, Machine
 from scmoe.predict.shared_link import Sum
 from scmoe.predict.simulated_step import Block, Head
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes
+from scmoe.schedule.cost import OperatorTimes
+from scmoe.schedule.play import BEFORE, TRANSFERS
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.stack import BEFORE
 
 BACKWARD = 2  # kernels of an operator's backward, over those of its forward
 RECOMPUTED = ("attention", "mlp", "shared_expert", "experts")  # by blocks/sublayers.py

@@ -19,7 +19,8 @@ from scmoe.models.run_as import run_as, schedule_of
 from scmoe.planning import planner as planner_module
 from scmoe.planning.planner import MOST_TRIES, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice, Sample
-from scmoe.schedule.cost import OperatorTimes, Share, slots
+from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.play import Share
 from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from tests.support.played import hot_rank, played_model, sample_of, step_ms

@@ -38,7 +38,8 @@ from scmoe.planning.pricing import (
     slowest,
     start_clocks,
 )
-from scmoe.schedule.cost import PER_CHUNK, best_schedule, slots
+from scmoe.schedule.cost import best_schedule, slots
+from scmoe.schedule.play import PER_CHUNK
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 

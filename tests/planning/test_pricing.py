@@ -26,7 +26,8 @@ from scmoe.planning.pricing import (
     price,
     slot_key,
 )
-from scmoe.schedule.cost import TRANSFERS, slots
+from scmoe.schedule.cost import slots
+from scmoe.schedule.play import TRANSFERS
 from scmoe.schedule.schedule import Schedule
 
 MS = {

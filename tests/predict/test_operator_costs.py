@@ -14,8 +14,8 @@ from scmoe.predict.plan import Choice, Simulator
 from scmoe.predict.profile import read_profile
 from scmoe.predict.rank_shares import rank_shares
 from scmoe.predict.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
+from scmoe.schedule.play import BEFORE
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.stack import BEFORE
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
 from tests.support.advised import QUICK, quickstart_on_cards

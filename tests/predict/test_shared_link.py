@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.predict.shared_link import SharedLink, Sum, Waiting, left_at
-from scmoe.schedule.cost import Span
+from scmoe.predict.shared_link import SharedLink, Sum, Waiting
+from scmoe.schedule.play import Span
 
 SECONDS = st.floats(0.0, 10.0).map(lambda seconds: round(seconds, 3))
 
@@ -77,10 +77,13 @@ def test_a_sum_is_ready_with_the_last_piece_of_its_operator(operator, halves, pi
     link = SharedLink([OneSum(3, operator)], halves, 1)
     for piece in range(pieces):
         assert link.summed == 0.0
-        link.computed(Span(operator, 2.0 * piece, 2.0 * piece + 2.0), half=piece % halves)
+        link.computed(Span(operator, 2.0 * piece, 2.0 * piece + 2.0, half=piece % halves))
     assert link.waiting == [Waiting(2.0 * pieces - 1.0, 1.0)]
 
 
-def test_what_is_left_counts_from_then_on():
-    left = left_at(2.0, [Waiting(0.0, 1.0), Waiting(1.5, 1.0), Waiting(5.0, 1.0)])
-    assert left == (Waiting(0.0, 0.5), Waiting(3.0, 1.0))
+def test_sums_that_are_ready_before_a_pass_are_carried_before_it():
+    """The head's backward ends at 0. A transfer at 2 meets no sum."""
+    link = SharedLink([], waiting=[Waiting(-1.0, 1.0), Waiting(-0.5, 1.0), Waiting(5.0, 1.0)])
+    assert link.summed == 3.0
+    assert link.meets(2.0, 1.0) == 0.0
+    assert link.waiting == [Waiting(5.0, 1.0)]

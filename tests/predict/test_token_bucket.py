@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.predict.shared_link import SharedLink, Sum, Waiting
+from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
 from scmoe.predict.simulated_step import Block, Setting, simulate_forward, simulate_step
-from scmoe.predict.token_bucket import TokenBucket
-from scmoe.schedule.cost import LAUNCH, TRANSFERS, OperatorTimes, Share, elapsed, play, play_ranks
+from scmoe.schedule.cost import OperatorTimes, play_block
+from scmoe.schedule.play import LAUNCH, TRANSFERS, Share, elapsed, order_of, play
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.stack import order_of, play_order
 
 SECONDS = st.floats(0.0, 10.0).map(lambda seconds: round(seconds, 3))
 
@@ -121,15 +120,15 @@ def test_with_two_batches_in_flight_queued_transfers_save_nothing():
 def test_a_launch_is_computed_before_its_transfer_begins():
     schedule = Schedule("scmoe", "pos2")
     times = dict.fromkeys(schedule.operators(), 1.0) | {LAUNCH: 0.25}
-    spans = play(schedule.operators(), times)
+    spans = play_block(schedule, times)
     for launch, transfer in pairwise(spans):
         if transfer.operator in TRANSFERS:
             assert (launch.operator, launch.end - launch.start) == (LAUNCH, 0.25)
             assert transfer.start == launch.end
     without = {operator: t for operator, t in times.items() if operator != LAUNCH}
-    assert elapsed(spans) == pytest.approx(elapsed(play(schedule.operators(), without)) + 0.5)
-    order = order_of([schedule])
-    both = [max(map(elapsed, play_order(order, [each]))) for each in (without, times)]
+    assert elapsed(spans) == pytest.approx(elapsed(play_block(schedule, without)) + 0.5)
+    order = order_of([schedule], batches=2)
+    both = [elapsed(play(order, [each])[0]) for each in (without, times)]
     assert both[1] == pytest.approx(both[0] + 4 * 0.25)
 
 
@@ -147,7 +146,7 @@ def test_each_piece_of_a_transfer_has_a_launch():
 
 def test_no_span_ends_before_it_begins_where_a_link_has_saved():
     """The busiest rank changes with the chunk."""
-    operators = Schedule("top_k", chunks=2).operators()
+    order = order_of([Schedule("top_k", chunks=2)])
     shares = [[Share(0.1, 0.1, 1.0), Share(1.9, 1.9, 1.0)], [Share(0.5, 0.5, 1.0)] * 2]
-    for spans in play_ranks(operators, PAIR, shares, link=TokenBucket(7.0)):
+    for spans in play(order, [PAIR], [shares], SharedLink([], bucket=TokenBucket(7.0))):
         assert all(span.start <= span.end for span in spans)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.schedule.cost import EVEN, TRANSFERS, elapsed, play, play_ranks, shares, slots
+from scmoe.schedule.cost import play_block, slots
+from scmoe.schedule.play import EVEN, TRANSFERS, Share, elapsed, mirror, order_of, play, shares
 from scmoe.schedule.schedule import ATTENTION_PARTS, POSITIONS_OF, Schedule
 from tests.support.played import hot_rank, step_ms
 
@@ -27,14 +28,15 @@ SCHEDULES = st.sampled_from([choice for name in NAMES for choice in slots(Schedu
 
 @given(SCHEDULES, TIMES)
 def test_sequential_time_is_the_sum_of_all(schedule, times):
-    for operators in (schedule.operators(), schedule.backward_operators()):
-        spans = play(operators, times, sequential=True)
+    for backward, operators in enumerate((schedule.operators(), schedule.backward_operators())):
+        spans = play_block(schedule, times, bool(backward), sequential=True)
+        assert sorted(span.operator for span in spans) == sorted(operators)
         assert elapsed(spans) == pytest.approx(sum(times[op] for op in operators), abs=1e-9)
 
 
 @given(SCHEDULES, TIMES, st.integers(1, 4))
 def test_neither_row_of_a_timeline_has_overlapping_spans(schedule, times, chunks):
-    spans = play(replace(schedule, chunks=chunks).operators(), times)
+    spans = play_block(replace(schedule, chunks=chunks), times)
     for transfers in (True, False):
         row = sorted((s.start, s.end) for s in spans if s.is_transfer is transfers)
         assert all(end <= start for (_, end), (start, _) in pairwise(row))
@@ -44,12 +46,10 @@ def test_neither_row_of_a_timeline_has_overlapping_spans(schedule, times, chunks
 def test_ranks_with_even_rows_run_as_one_rank(schedule, times, chunks, ranks, sequential):
     even = shares([[3.0] * ranks] * ranks)
     assert even == [EVEN] * ranks
-    for operators in (
-        (one := replace(schedule, chunks=chunks)).operators(),
-        one.backward_operators(),
-    ):
-        expected = play(operators, times, sequential)
-        assert play_ranks(operators, times, [even] * chunks, sequential) == [expected] * ranks
+    order = order_of([replace(schedule, chunks=chunks)], sequential=sequential)
+    for each in (order, mirror(order)):
+        expected = play(each, [times])
+        assert play(each, [times], [[even] * chunks]) == expected * ranks
 
 
 @given(SCHEDULES, TIMES, st.sampled_from([(2, 1.3), (2, 2.0), (4, 1.7), (4, 4.0)]))
@@ -58,11 +58,11 @@ def test_with_one_chunk_the_busiest_rank_decides(schedule, times, load):
     computation."""
     ranks, hot = load
     slow = times | {op: hot * times[op] for op in (*TRANSFERS, "experts")}
-    for operators in (schedule.operators(), schedule.backward_operators()):
-        of_ranks = play_ranks(operators, times, [hot_rank(hot, ranks)])
-        assert max(map(elapsed, of_ranks)) == pytest.approx(
-            elapsed(play(operators, slow)), abs=1e-9
-        )
+    order = order_of([schedule])
+    for each in (order, mirror(order)):
+        of_ranks = play(each, [times], [[hot_rank(hot, ranks)]])
+        expected = elapsed(play(each, [slow])[0])
+        assert max(map(elapsed, of_ranks)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_link_carries_one_transfer_after_another():
@@ -74,7 +74,8 @@ def test_a_link_carries_one_transfer_after_another():
                   0             20    28      40    48      60        80
     """
     times = {"dispatch": 10.0, "experts": 4.0, "combine": 10.0}
-    busy, idle = play_ranks(Schedule("top_k", chunks=2).operators(), times, [hot_rank(2.0, 2)] * 2)
+    order = order_of([Schedule("top_k", chunks=2)])
+    busy, idle = play(order, [times], [[hot_rank(2.0, 2)] * 2])
     spans = [(span.operator, span.start, span.end) for span in busy if span.end > span.start]
     assert spans == [
         *(
@@ -88,17 +89,19 @@ def test_a_link_carries_one_transfer_after_another():
     assert elapsed(idle) == elapsed(busy) and all(
         span.start == span.end for span in idle if span.operator == "experts"
     )
-    backward = play_ranks(
-        Schedule("top_k", chunks=2).backward_operators(), times, [hot_rank(2.0, 2)] * 2
-    )
+    backward = play(mirror(order), [times], [[hot_rank(2.0, 2)] * 2])
     assert elapsed(backward[0]) == 80.0
 
 
 def test_a_transfer_waits_for_the_rank_that_launches_last():
-    late = play_ranks(
-        ("dispatch", "decode"), {"dispatch": 5.0, "decode": 1.0}, [[EVEN, EVEN]], starts=[0.0, 3.0]
-    )
-    assert [(span.start, span.end) for span in late[0]] == [(3.0, 8.0), (8.0, 9.0)]
+    """The experts of rank 0 have no rows."""
+    times = {"experts": 3.0, "combine": 5.0, "decode": 1.0}
+    load = [[Share(1.0, 1.0, 0.0), Share(1.0, 1.0, 1.0)]]
+    early, _ = play(order_of([Schedule("top_k")]), [times], [load])
+    ran = {span.operator: (span.start, span.end) for span in early}
+    assert ran["experts"] == (0.0, 0.0)
+    assert ran["combine"] == (3.0, 8.0)
+    assert ran["decode"] == (8.0, 9.0)
 
 
 # time of sequential top-2 with even rows over that of the schedule, of forward and of a training

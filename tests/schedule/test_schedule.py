@@ -12,7 +12,8 @@ from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, compile_sublayers
 from scmoe.moe.coefficient import CG1
-from scmoe.schedule.cost import TRANSFERS, slots
+from scmoe.schedule.cost import slots
+from scmoe.schedule.play import TRANSFERS
 from scmoe.schedule.schedule import POSITIONS_OF, SUBLAYERS, Schedule
 from tests.support.models import DIM, FFN, tiny_shortcut, tiny_stream, tiny_sublayers
 from tests.support.recording import Log, Recorded, RecordingDispatcher

@@ -28,17 +28,10 @@ from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, Sample, predicted
 from scmoe.runs.evaluate.evaluation import ran_two_batches, with_batch_of_a_rank
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
+from scmoe.schedule.cost import OperatorTimes, computing_time, elapsed_time, slots
+from scmoe.schedule.play import BEFORE, TRANSFERS, order_of
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.stack import (
-    BEFORE,
-    half_of,
-    order_of,
-    play_halves,
-    stack_time,
-    waiting_time,
-    windows_time,
-)
+from scmoe.schedule.stack import half_of, play_stack, stack_time, waiting_time, windows_time
 from scmoe.training.assembly.trainer import build_callbacks
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule, plan_lines
 from tests.support.models import tiny, tiny_batch, tiny_model
@@ -102,9 +95,9 @@ def test_halves_take_as_long_as_one_batch_where_transfers_are_free(layers):
 
 @given(LAYERS, st.sampled_from(["forward", "backward"]))
 def test_operators_of_both_halves_take_turns_on_the_processor_and_on_the_link(layers, direction):
-    one, two = play_halves([(schedule, half_of(of)) for schedule, of in layers], direction)
+    spans = play_stack([(schedule, half_of(of)) for schedule, of in layers], direction)
     for transfers in (True, False):
-        row = sorted((s.start, s.end) for s in one + two if s.is_transfer is transfers)
+        row = sorted((s.start, s.end) for s in spans if s.is_transfer is transfers)
         assert all(end <= start + 1e-9 for (_, end), (start, _) in pairwise(row))
 
 
@@ -117,9 +110,8 @@ def test_a_half_computes_while_the_other_one_s_rows_travel():
     """
     times = {BEFORE: 10.0, "experts": 2.0, "dispatch": 10.0, "combine": 10.0}
     layers = [(Schedule("top_k"), half_of(OperatorTimes(times)))] * 2
-    spans = [
-        [(s.operator, s.start) for s in half if s.end > s.start] for half in play_halves(layers)
-    ]
+    played = [span for span in play_stack(layers) if span.end > span.start]
+    spans = [[(s.operator, s.start) for s in played if s.half == half] for half in (0, 1)]
     assert spans[0][:4] == [(BEFORE, 0.0), ("dispatch", 5.0), ("experts", 10.0), ("combine", 15.0)]
     assert spans[1][:4] == [(BEFORE, 5.0), ("dispatch", 10.0), ("experts", 15.0), ("combine", 20.0)]
     assert stack_time(layers, 2) < stack_time([(Schedule("top_k"), OperatorTimes(times))] * 2, 1)
@@ -138,7 +130,7 @@ def test_the_order_is_that_of_a_run(words, chunks, rows):
     run_as(model, two, recorders=[recorder] * len(blocks))
     ids_BS, _ = tiny_batch(config, 2)
     model(ids_BS).logits_BSV.sum().backward()
-    order = order_of([block.schedule for block in blocks])
+    order = order_of([block.schedule for block in blocks], batches=2)
     planned = {"forward": order, "backward": order[::-1]}
     computed = ("route", "encode", "experts", "decode")
     for direction, steps in planned.items():

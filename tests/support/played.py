@@ -1,5 +1,5 @@
 """A pair of blocks with 1,024 tokens of width 512 a rank, played on ranks with links of 115 Mbit/s
-(schedule/cost.py).
+(schedule/play.py).
 
 Attention takes 90 ms and an MLP 30 ms; backward computes twice as long and sends the same rows.
 """
@@ -15,18 +15,19 @@ from torch import nn
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.models.halves import Halves
 from scmoe.planning.pricing import OPERATORS, Sample, layer_seconds, operator_names
-from scmoe.schedule.cost import (
+from scmoe.schedule.cost import OperatorTimes, per_chunk
+from scmoe.schedule.play import (
+    BEFORE,
     TRANSFERS,
-    OperatorTimes,
     Share,
     Span,
     elapsed,
-    per_chunk,
-    play_ranks,
+    order_of,
+    play,
     shares,
+    with_backward,
 )
 from scmoe.schedule.schedule import ATTENTION_PARTS, POSITIONS_OF, SUBLAYERS, Schedule
-from scmoe.schedule.stack import BEFORE
 
 EVERY_OPERATOR = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
@@ -73,13 +74,17 @@ def play_step(
     its forward ends."""
     times = operator_ms(schedule, len(rows), latency_ms)
     before = SUBLAYERS[: 3 - schedule.sublayers_after_tap]
-    chunks = [rows] * schedule.chunks
-    forward = play_ranks(
-        (*before, *schedule.operators()), per_chunk(schedule, times.forward), chunks, sequential
+    directions = [
+        per_chunk(schedule, {**each, BEFORE: sum(each[operator] for operator in before)})
+        for each in (times.forward, times.backward)
+    ]
+    order = with_backward(order_of([schedule], sequential=sequential), layers=1)
+    spans_R = play(order, directions, [[rows] * schedule.chunks] * 2)
+    forward, backward = (
+        [[span for span in spans if span.layer == direction] for spans in spans_R]
+        for direction in (0, 1)
     )
-    ends = [spans[-1].end for spans in forward]
-    back = (*schedule.backward_operators(), *before[::-1])
-    return forward, play_ranks(back, per_chunk(schedule, times.backward), chunks, sequential, ends)
+    return forward, backward
 
 
 def step_ms(

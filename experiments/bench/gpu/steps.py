@@ -42,7 +42,7 @@ from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.planning.clock import in_turn, median, seconds
 from scmoe.runs.seen import SeenRun
-from scmoe.schedule.cost import Span
+from scmoe.schedule.play import Span
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.train import train as run_training
 

@@ -27,8 +27,9 @@ from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
 from scmoe.planning.plan_file import plan_from_json
 from scmoe.planning.pricing import DIRECTIONS, LayerChoice, batches_in_flight, from_tap, in_halves
-from scmoe.schedule.cost import Span, elapsed, per_chunk, play
-from scmoe.schedule.stack import play_halves
+from scmoe.schedule.cost import per_chunk, play_block
+from scmoe.schedule.play import Span, elapsed
+from scmoe.schedule.stack import play_stack
 
 TIMED_STEPS = 5
 TIMELINES = {  # title: (block, transfers, numbers of chunks to choose from)
@@ -134,8 +135,8 @@ def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -
     """Return the spans that the cost model predicts, in ms."""
     schedule = choice.schedule
     known = per_chunk(schedule, getattr(choice.times[schedule.chunks], direction))
-    operators = schedule.operators() if direction == "forward" else schedule.backward_operators()
-    return play(operators, {op: 1e3 * t for op, t in known.items()}, sequential)
+    times = {op: 1e3 * t for op, t in known.items()}
+    return play_block(schedule, times, direction == "backward", sequential)
 
 
 def planned_halves(choices: Sequence[LayerChoice], direction: Direction) -> dict[str, list[Span]]:
@@ -143,12 +144,14 @@ def planned_halves(choices: Sequence[LayerChoice], direction: Direction) -> dict
 
     `before` is all that a block computes before its tap.
     """
-    halves = play_halves(in_halves(choices), direction)
+    spans = play_stack(in_halves(choices), direction)
     return {
-        f"half {number} in all MoE layers": [
-            Span(span.operator, 1e3 * span.start, 1e3 * span.end) for span in spans
+        f"half {half + 1} in all MoE layers": [
+            Span(span.operator, 1e3 * span.start, 1e3 * span.end)
+            for span in spans
+            if span.half == half
         ]
-        for number, spans in enumerate(halves, 1)
+        for half in (0, 1)
     }
 
 

@@ -5,7 +5,7 @@ a load with the balanced one.
                     schedule that is best there, in the same round
     straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) -
                     1
-    model           T_free(balanced) and what the timeline of all ranks (schedule/cost.py) adds to
+    model           T_free(balanced) and what the timeline of all ranks (schedule/play.py) adds to
                     it, from the times of the operators at the balanced load and the rows of each
                     rank. There is none where rows are dropped, or where ranks have different
                     numbers of tokens
@@ -30,15 +30,8 @@ from scmoe.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
 from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import PIPELINED, batches_of, name_of, way_of_row
 from scmoe.report import Report
-from scmoe.schedule.cost import (
-    OperatorTimes,
-    elapsed,
-    elapsed_time,
-    exposed_time,
-    per_chunk,
-    play_ranks,
-    shares,
-)
+from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, per_chunk
+from scmoe.schedule.play import elapsed, order_of, play, shares, with_backward
 from scmoe.schedule.schedule import Schedule
 
 # of a row's line, by batches in flight and whether it is pipelined
@@ -111,15 +104,9 @@ def window_s(
     )
     rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
     shares_P = [shares(rows_RR) for rows_RR in rows_PRR]
-    forward = play_ranks(schedule.operators(), per_chunk(schedule, times.forward), shares_P)
-    starts = [spans[-1].end for spans in forward]
-    operators = schedule.backward_operators()
-    return max(
-        map(
-            elapsed,
-            play_ranks(operators, per_chunk(schedule, times.backward), shares_P, starts=starts),
-        )
-    )
+    order = with_backward(order_of([schedule]), layers=1)
+    directions = [per_chunk(schedule, each) for each in (times.forward, times.backward)]
+    return max(map(elapsed, play(order, directions, [shares_P, shares_P])))
 
 
 def tables(report: dict[str, Any]) -> list[Report]:

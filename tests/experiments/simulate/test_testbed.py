@@ -19,7 +19,7 @@ from experiments.simulate.reports import (
 from experiments.simulate.rows import predict_row, predict_sequential
 from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
 from scmoe.command_line import call
-from scmoe.schedule.cost import TRANSFERS
+from scmoe.schedule.play import TRANSFERS
 
 FORWARD_MS = {"route": 2, "encode": 1, "dispatch": 80, "experts": 30, "combine": 84, "decode": 2}
 TRAIN_MS = {name: 2 * ms if name in TRANSFERS else 3 * ms for name, ms in FORWARD_MS.items()}

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.bench.gpu import check, steps
 from experiments.engine.isolated import Place
-from scmoe.schedule.cost import Span
+from scmoe.schedule.play import Span
 
 
 def test_all_clocks_together_leave_half_a_minute_of_nine():
