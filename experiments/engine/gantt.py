@@ -2,7 +2,6 @@
 communication."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
@@ -33,7 +32,7 @@ def with_sublayers(
         start = span.start
         for operator in before:
             end = start + share * times[operator]
-            yield replace(span, operator=operator, start=start, end=end)
+            yield span._replace(operator=operator, start=start, end=end)
             start = end
 
 

@@ -33,5 +33,18 @@ def testbed(folder: Path = Path("docs/figures"), /) -> None:
     print(json.dumps(simulate_testbed(folder)))
 
 
+@main.command
+def others(file: Path = Path("docs/results/others.yaml"), /) -> None:
+    """Predict measurements of other people's clusters as `scmoe advise` does. Standard output is
+    JSON.
+
+    Args:
+        file: runs and cells, with their sources
+    """
+    from experiments.simulate.others import simulate_others
+
+    print(json.dumps(simulate_others(file)))
+
+
 if __name__ == "__main__":
     sys.exit(call("simulate", *sys.argv[1:]))

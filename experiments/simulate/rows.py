@@ -13,10 +13,16 @@ from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
 from experiments.simulate.reports import LAUNCH_S, ROUTED, Calibration
 from scmoe.loads import Sizes, load_of
-from scmoe.predict.rank_shares import rank_shares
+from scmoe.predict.compared_models import rank_shares
 from scmoe.predict.row_names import batches_of
 from scmoe.predict.shared_link import Sum
-from scmoe.predict.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
+from scmoe.predict.simulated_step import (
+    Block,
+    StepSetting,
+    StepTime,
+    simulate_forward,
+    simulate_step,
+)
 from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.play import BEFORE, LAUNCH, Load
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
@@ -57,11 +63,11 @@ def predict_sequential(calibration: Calibration, load: str | None) -> Predicted:
     return predict(calibration, "top2", default_schedule("top2"), setting, load)
 
 
-def step_setting(calibration: Calibration, block: str, batches: int) -> Setting:
+def step_setting(calibration: Calibration, block: str, batches: int) -> StepSetting:
     """Return how a step of a row runs. The update of a row takes as much longer than top-2's as it
     has more weights."""
     weights = num_weights(calibration, block) / num_weights(calibration, "top2")
-    return Setting(
+    return StepSetting(
         batches_in_flight=2 if batches == 2 else 1,
         accumulate=calibration.setting.accumulate,
         sums_at_once=2,  # of gloo
@@ -86,7 +92,7 @@ def num_weights(calibration: Calibration, block: str) -> int:
 
 
 def predict(
-    calibration: Calibration, block: str, schedule: Schedule, setting: Setting, load: str | None
+    calibration: Calibration, block: str, schedule: Schedule, setting: StepSetting, load: str | None
 ) -> Predicted:
     """Return the times of a row of blocks under a schedule."""
     pairs = calibration.setting.moe_blocks
@@ -169,4 +175,4 @@ def load_of_ranks(calibration: Calibration, load: str, copies: int, chunks: int)
     sizes = calibration.setting
     in_chunks = rank_shares(load_of(load), Sizes(sizes.num_experts, copies, sizes.ranks))
     assert in_chunks is not None  # the testbed has two ranks or more
-    return in_chunks(chunks)[0]
+    return in_chunks(chunks, None)[0]

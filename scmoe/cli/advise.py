@@ -6,57 +6,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmoe.command_line import KeyValue, numbers_of
-from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.report import print_result
 
 if TYPE_CHECKING:
-    from scmoe.predict.advice import Request
-    from scmoe.predict.advise import Advice, Row
-    from scmoe.predict.profile import Profile
+    from scmoe.predict.advise import Advice
+    from scmoe.predict.advised_rows import AdvisedRow, Slowdown
+    from scmoe.predict.cluster import Profile
+    from scmoe.predict.judged_job import Job, Request
 
-FEW_TOKENS = 4096
 PICTURE = Path("runs/advise.png")
-SHORTCUT = "scmoe_pos2"  # the row that is shown for each value of a list
+NUMBERS = ("ranks", "ep", "samples", "stage_layers", "tensor_parallel")
+CHOICES = {  # words with a set of values, the first one is the default
+    "copies": ("expert", "node"),
+    "wire": ("", "fp8"),
+    "repeat_transfers": ("false", "true"),
+    "prefill": ("false", "true"),
+    "top1": ("false", "true"),
+}
+STEPS = {
+    "two_batches": "two batches",
+    "shared_expert": "shared expert",
+    "shortcut": "shortcut",
+}
 COLUMNS = {
-    "step, ms": "{step_ms:.1f}",
-    "5 to 95 %": "{interval[0]:.1f} {interval[1]:.1f}",
-    "exposed": "{exposed_rows_ms:.1f} + {exposed_gradients_ms:.1f}",
-    "/ top-k": "{over_top2:.2f}",
-    "/ shared": "{over_shared:.2f}",
-    "/ best": "{over_best:.2f} [{over_best_interval[0]:.2f} {over_best_interval[1]:.2f}]",
-    "/ best shared": (
-        "{over_best_shared:.2f} [{over_best_shared_interval[0]:.2f}"
-        " {over_best_shared_interval[1]:.2f}]"
-    ),
-    "slot x chunks": "{slot} x {chunks}",
-    "GiB": "{gib}",
+    "EP": "{ep}",
+    "runs as": "{way}",
+    "ms": "{step_ms:.4g}",
+    "waits": "{waits:.0%}",
+    "tokens/s": "{tokens_s:,.0f}",
+    "MFU": "{mfu:.0%}",
+    "GiB": "{memory_gib:.1f}",
+    "fits": "{fits_in_words}",
+}
+COLUMNS_OF_VERDICT = {
+    "speed-up": "{value:.2f}",
+    "90 %": "{interval[0]:.2f} {interval[1]:.2f}",
     "answer": "{answer}",
+    "row": "{row}",
+    "over": "{over}",
 }
-COLUMNS_OF_LIST = {
-    "waits": "{share:.0%}",
-    "top-k, ms": "{standard_ms:.1f}",
-    "Pos-2, ms": "{step_ms:.1f}",
-    "/ top-k": "{over_top2:.2f} [{over_top2_interval[0]:.2f} {over_top2_interval[1]:.2f}]",
-    **{name: COLUMNS[name] for name in ("/ best", "/ best shared", "answer")},
-}
-LEGEND = (
-    "exposed: waiting for rows + sums of gradients, in ms. Speed-ups: / top-k is over the"
-    " sequential standard model; / shared over shared-expert with one batch in flight; / best over"
-    " the best row of the standard model, for its own rows over the sequential one; / best shared"
-    " over the best row of shared-expert. GiB: an upper bound for the row's own chunks, batches in"
-    " flight and load. Everything is predicted."
-)
-LEGEND_OF_LIST = (
-    "waits: the share of the sequential standard model's step in which ranks wait for rows. Of"
-    " ScMoE Pos-2, with one batch in flight: / top-k is over that model, / best over its best row,"
-    " / best shared over the best row of shared-expert. Everything is predicted."
-)
 
 
 def main(config: str, /, *words: KeyValue) -> None:
-    """Say whether a shortcut would pay on a cluster: each architecture's step by simulation, with
-    an interval, and an answer. Nothing is trained.
+    """Say whether a shortcut would pay on a cluster: every number of ranks that may share the
+    experts is tried, each architecture at its best, and a verdict in three steps. Nothing is
+    trained.
 
     The last line of standard output is JSON. Any one key may have several values, such as
     samples=1,2,4: a line each, and a picture in runs/advise.png.
@@ -64,11 +59,13 @@ def main(config: str, /, *words: KeyValue) -> None:
     Args:
         config: a YAML file, or the name of a shipped one, such as gpt2_moe_medium
         words: cluster=NAME: a profile of configs/cluster, a file, or measure, which measures this
-            machine. ranks=N (default: all ranks of the cluster). ep=N: ranks that share the experts
-            (default: the largest number that divides ranks and experts). samples=N of a rank in one
-            batch (default: as CONFIG has it; a preset has 16,384 tokens or 128 images in a step,
-            in as few batches as fit the card). load=KIND: uneven routing, as `scmoe bench` has it.
-            cluster.KEY=NUMBER: a value of the profile. key=value: an override of CONFIG
+            machine. ranks=N (default: all of the cluster). ep=N: only this number of ranks shares
+            the experts. samples=N of a rank in one batch (default: as CONFIG has it; a preset has
+            16,384 tokens or 128 images in a step). measured_step_ms=MS of the model of CONFIG
+            with sequential transfers, or measured=FILE: a plan.json, or a profiler's trace.
+            stage_layers=N of a pipeline's stage, tensor_parallel=N, copies=node (one row of a
+            token for each node), wire=fp8, repeat_transfers=true with trainer.recompute,
+            prefill=true, top1=true, load=KIND, cluster.KEY=NUMBER, and key=value of CONFIG
     """
     listed = [word for word in words if is_list(word)]
     if len(listed) > 1:
@@ -77,10 +74,10 @@ def main(config: str, /, *words: KeyValue) -> None:
     if listed:
         advise_each(config, words, listed[0])
         return
-    request, profile = request_of(config, words)
-    advice, settings = advice_of(request, profile)
-    show(request, profile, advice, settings)
-    print_result(facts_of(request, profile, advice, settings))
+    asked = AskedAdvice(config, words)
+    facts = asked.answer()
+    show(facts)
+    print_result(facts)
 
 
 def is_list(word: str) -> bool:
@@ -89,64 +86,114 @@ def is_list(word: str) -> bool:
     return "," in value and not value.startswith(("[", "{"))
 
 
-def advise_each(config: str, words: Sequence[str], listed: str) -> None:
-    """Print a line and the JSON of each value of a list, and draw the speed-ups. listed: the word
-    that has the list."""
-    from scmoe.config.installation import require
-    from scmoe.report import Report, say
+class AskedAdvice:
+    """What some words ask for, and on which cluster. ConfigError: a word or name is wrong; it is
+    said before torch is imported, where that is possible."""
 
-    require("scmoe advise with a list", "matplotlib")
-    key, _, values = listed.removeprefix("--").partition("=")
-    requests = {
-        value: request_of(config, [f"{key}={value}" if word == listed else word for word in words])
-        for value in values.split(",")
-    }
-    facts: dict[str, dict[str, Any]] = {}
-    for value, (request, profile) in requests.items():
-        facts[value] = facts_of(request, profile, *advice_of(request, profile))
-    lines = {value: line_of(each) for value, each in facts.items()}
-    Report(f"{config}, by {key}", lines, COLUMNS_OF_LIST, key).show()
-    say(LEGEND_OF_LIST)
-    draw(lines, key, f"ScMoE Pos-2, {Path(config).stem}\nPrediction; whiskers: 5 to 95 %")
-    say(f"picture: {PICTURE}")
-    print_result({"key": key, "values": facts})
+    def __init__(self, config: str, words: Sequence[str]) -> None:
+        self.config = config
+        self.sizes, others = numbers_of(words, NUMBERS)
+        self.named = {"cluster": "", "load": "balanced", "measured": "", "measured_step_ms": ""}
+        self.chosen = {key: values[0] for key, values in CHOICES.items()}
+        self.overrides: list[str] = []
+        of_cluster: list[str] = []
+        for word in others:
+            key, _, value = word.removeprefix("--").partition("=")
+            if key in self.named:
+                self.named[key] = value
+            elif key in CHOICES:
+                self.choose(key, value)
+            else:
+                (of_cluster if key.startswith("cluster.") else self.overrides).append(word)
+        if not self.named["cluster"]:
+            from scmoe.predict.cluster import names
 
+            raise ConfigError(
+                f"command line: cluster is missing, allowed: {', '.join([*names(), 'measure'])}, or"
+                " a YAML file"
+            )
+        self.measured_s = self.seconds_of("measured_step_ms")
+        if self.measured_s and self.named["measured"]:
+            raise ConfigError(
+                "command line: measured and measured_step_ms are both given. Give one of the two."
+            )
+        if self.named["measured"] and not Path(self.named["measured"]).is_file():
+            raise ConfigError(f"measured is {self.named['measured']}, which is no file")
+        from scmoe.config.load import read_unchecked
 
-def request_of(config: str, words: Sequence[str]) -> "tuple[Request, Profile]":
-    """Return what some words ask for, and on which cluster. ConfigError: a word or name is
-    wrong."""
-    sizes, others = numbers_of(words, ("ranks", "ep", "samples"))
-    named = {"cluster": "", "load": "balanced"}
-    overrides: list[str] = []
-    of_cluster: list[str] = []
-    for word in others:
-        key, _, value = word.removeprefix("--").partition("=")
-        if key in named:
-            named[key] = value
-        else:
-            (of_cluster if key.startswith("cluster.") else overrides).append(word)
-    if not named["cluster"]:
-        from scmoe.predict.profile import names
+        read_unchecked(config, self.overrides)
+        self.profile = profile_of(self.named["cluster"], of_cluster)
 
-        raise ConfigError(
-            f"command line: cluster is missing, allowed: {', '.join([*names(), 'measure'])}, or a"
-            " YAML file"
+    def choose(self, key: str, value: str) -> None:
+        if value not in CHOICES[key]:
+            allowed = " | ".join(filter(None, CHOICES[key]))
+            raise ConfigError(f"command line: {key} is {value}, allowed: {allowed}")
+        self.chosen[key] = value
+
+    def seconds_of(self, key: str) -> float | None:
+        """Return the seconds of a word in milliseconds; None: it is not given."""
+        text = self.named[key]
+        if not text:
+            return None
+        try:
+            milliseconds = float(text)
+        except ValueError:
+            milliseconds = 0.0
+        if not 0 < milliseconds < float("inf"):
+            raise ConfigError(f"command line: {key} is {text}, allowed: a number above 0")
+        return 1e-3 * milliseconds
+
+    def request(self) -> "Request":
+        from scmoe.predict.judged_job import Request
+
+        return Request(
+            self.config,
+            self.overrides,
+            self.sizes.get("ranks"),
+            self.sizes.get("ep"),
+            self.sizes.get("samples"),
+            self.sizes.get("stage_layers"),
+            self.sizes.get("tensor_parallel", 1),
+            copies="node" if self.chosen["copies"] == "node" else "expert",
+            wire="fp8" if self.chosen["wire"] == "fp8" else None,
+            transfers_again=self.chosen["repeat_transfers"] == "true",
+            prefill=self.chosen["prefill"] == "true",
+            top1=self.chosen["top1"] == "true",
+            load=self.named["load"],
         )
-    from scmoe.config.load import read_unchecked
 
-    read_unchecked(config, overrides)  # so that a wrong name is refused before torch is imported
-    profile = profile_of(named["cluster"], of_cluster)
-    from scmoe.predict.advice import Request
+    def answer(self) -> dict[str, Any]:
+        """Return the advice as JSON."""
+        from scmoe.predict.advise import advise
+        from scmoe.predict.compared_models import job_of, models_for
+        from scmoe.report import console
 
-    request = Request(
-        config, overrides, sizes.get("ranks"), sizes.get("ep"), sizes.get("samples"), named["load"]
-    )
-    return request, profile
+        request = self.request()
+        with console().status("counting each architecture") as status:  # on a terminal
+            job = job_of(request, self.profile)
+            models = models_for(job, self.profile, request.load, request.top1)
+            status.update(f"playing steps with EP {', '.join(map(str, job.ep_sizes))}")
+            scales = self.scales(job, models)
+            advice = advise(models, self.profile, job, scales)
+        return facts_of(self, job, advice, scales)
+
+    def scales(self, job: "Job", models: Sequence[Any]) -> "list[Slowdown]":
+        """Return what a measurement says; without one, that the profile's values are right."""
+        from scmoe.predict.advised_rows import Simulator, Slowdown
+        from scmoe.predict.measured_times import known_choice, scale_of_file, scales_of_step
+
+        if not (self.measured_s or self.named["measured"]):
+            return [Slowdown()]
+        simulator = Simulator(self.profile.machine(), job)
+        model, choice = known_choice(models, job, self.profile.ranks_per_node)
+        if self.measured_s:
+            return scales_of_step(simulator, model, choice, self.measured_s)
+        return [scale_of_file(Path(self.named["measured"]), simulator, model, choice)]
 
 
 def profile_of(name: str, words: list[str]) -> "Profile":
     """Return a profile by name, or this machine's."""
-    from scmoe.predict.profile import overridden, read_profile
+    from scmoe.predict.cluster import overridden, read_profile
 
     return overridden(measured(), words) if name == "measure" else read_profile(name, words)
 
@@ -159,149 +206,186 @@ def measured() -> "Profile":
     return measure()
 
 
-def advice_of(request: "Request", profile: "Profile") -> "tuple[Advice, Config]":
-    from scmoe.predict.advice import advice_for
-    from scmoe.report import console
-
-    with console().status("counting and simulating each architecture"):  # on a terminal
-        return advice_for(request, profile)
-
-
-def show(request: "Request", profile: "Profile", advice: "Advice", settings: Config) -> None:
-    """Print an advice: its table, each row's reason, and what to know of this job."""
-    from scmoe.report import Report, say
-
-    trainer = settings.trainer
-    ranks = trainer.devices * trainer.num_nodes
-    in_batches = f" ({trainer.accumulate} batches)" if trainer.accumulate > 1 else ""
-    title = (
-        f"{request.config} on cluster {profile.name}: {ranks} ranks, EP"
-        f" {settings.strategy.ep_size}, {advice.tokens:,} tokens of a rank in a step{in_batches},"
-        f" load {request.load}"
-    )
-    rows = {name: row_to_json(row) for name, row in advice.rows.items()}
-    shown = {name: {**row, "gib": memory_in_words(row, profile)} for name, row in rows.items()}
-    Report(title, shown, COLUMNS, "row").show()
-    say(LEGEND)
-    for name, row in advice.rows.items():
-        say(f"{name}: {row.answer}. {row.why}")
-    if ranks > 1 and settings.strategy.ep_size == 1 and request.ep_size is None:
-        say(
-            f"EP is 1, as no larger number divides {ranks} ranks and the experts, so no rows"
-            " travel. Give another number of ranks or experts."
-        )
-    if all(row.fits is False for row in advice.rows.values()):
-        say(
-            "No row fits. Fewer samples with more trainer.accumulate, more ranks, a larger EP, or"
-            " trainer.recompute=true need less memory."
-        )
-    if all(row.choice.batches_in_flight == 1 for row in advice.rows.values()):
-        say(
-            "A rank has one sample in a batch, which cannot be halved, so there are no rows with"
-            " two batches in flight. Give samples=2 or more for them, if the memory is there."
-        )
-    of_a_batch = advice.tokens // trainer.accumulate
-    if of_a_batch < FEW_TOKENS:
-        say(
-            f"A rank has only {of_a_batch:,} tokens in a batch. Launches and latency decide there,"
-            " and no measurement of this project checks them."
-        )
-    if profile.guesses:
-        say(f"guesses of this profile: {', '.join(profile.guesses)}")
+# ---------------------------------------------------------------------- the answer as JSON
 
 
 def facts_of(
-    request: "Request", profile: "Profile", advice: "Advice", settings: Config
+    asked: AskedAdvice, job: "Job", advice: "Advice", scales: "Sequence[Slowdown]"
 ) -> dict[str, Any]:
     """Return an advice as JSON."""
-    trainer = settings.trainer
+    profile = asked.profile
     return {
         "job": {
-            "config": request.config,
+            "config": asked.config,
             "cluster": profile.name,
-            "ranks": trainer.devices * trainer.num_nodes,
-            "ep": settings.strategy.ep_size,
-            "tokens": advice.tokens,
-            "batches": trainer.accumulate,
-            "load": request.load,
-            "standard": advice.standard,
-            "share": advice.share,
+            "ranks": job.sizes.ranks * job.sizes.stages,
+            "tokens": job.tokens,
+            "samples": job.samples,
+            "batches": job.accumulate,
+            "tokens_of_batch": job.tokens_of_batch,
+            "load": asked.named["load"],
+            "prefill": job.prefill,
         },
-        "rows": {name: row_to_json(row) for name, row in advice.rows.items()},
-        "standard": advice.standard,
-        "best_without_another_model": advice.best,
-        "carried_by": advice.tier,
+        "verdict": {
+            name: {
+                "value": step.value,
+                "interval": list(step.interval),
+                "answer": step.answer,
+                "row": step.row,
+                "over": step.over,
+            }
+            for name, step in advice.verdict.items()
+        },
+        "to_do": advice.to_do,
+        "ep": advice.rows[advice.standard].choice.ep_size,
+        "ep_sizes": list(job.ep_sizes),
+        "rows": {name: row_to_json(row, job, profile) for name, row in advice.rows.items()},
+        "implied": [implied_by(scale, profile) for scale in scales if scale != (1.0, 1.0)],
         "guesses": profile.guesses,
     }
 
 
-def memory_in_words(row: Mapping[str, Any], profile: "Profile") -> str:
-    """Return a row's GiB, with what the card has where that is less."""
-    needed = f"{row['memory_gib']:.1f}"
-    if profile.memory is None or row["fits"]:
-        return needed
-    return f"{needed} > {profile.memory / 2**30:.1f}"
-
-
-def row_to_json(row: "Row") -> dict[str, Any]:
-    """Return a row's figures in milliseconds and GiB. `over_top2` is over the sequential standard
-    model, whatever its top-k."""
+def row_to_json(row: "AdvisedRow", job: "Job", profile: "Profile") -> dict[str, Any]:
+    """Return a row's figures in milliseconds and GiB."""
+    choice = row.choice
+    step = row.step
+    passes = 1 if job.prefill else 3
+    groups = job.sizes.ranks / job.sizes.tensor_parallel
+    flops = passes * row.model.flops * job.samples * job.accumulate * groups / job.sizes.ranks
     return {
-        "step_ms": 1e3 * row.step.total,
-        "interval": [1e3 * seconds for seconds in row.step_interval],
-        "over_top2": row.over_standard,
-        "over_top2_interval": list(row.over_standard_interval),
-        "over_shared": row.over_shared,
-        "over_shared_interval": list(row.over_shared_interval),
-        "over_best": row.over_best,
-        "over_best_interval": list(row.over_best_interval),
-        "over_best_shared": row.over_best_shared,
-        "over_best_shared_interval": list(row.over_best_shared_interval),
-        "answer": row.answer,
-        "why": row.why,
-        "slot": row.choice.schedule.slot,
-        "chunks": row.choice.schedule.chunks,
-        "batches_in_flight": row.choice.batches_in_flight,
-        "exposed_rows_ms": 1e3 * row.step.exposed_rows,
-        "exposed_gradients_ms": 1e3 * row.step.exposed_gradients,
-        "computing_ms": 1e3 * row.step.computing,
-        "slowed_ms": 1e3 * row.step.slowed,
-        "update_ms": 1e3 * row.step.update,
-        "other_ms": 1e3 * row.step.other,
-        "memory_gib": row.memory / 2**30,
+        "step_ms": 1e3 * step.total,
+        "tokens_s": job.tokens / step.total,
+        "mfu": flops / step.total / (1e12 * profile.values["peak_tflops"].value),
+        "waits": row.waits,
+        "ep": choice.ep_size,
+        "slot": choice.schedule.slot,
+        "chunks": choice.schedule.chunks,
+        "batches_in_flight": choice.batches_in_flight,
+        "whole_batches": choice.whole,
+        "sequential": choice.sequential,
+        "exposed_rows_ms": 1e3 * step.exposed_rows,
+        "exposed_gradients_ms": 1e3 * step.exposed_gradients,
+        "computing_ms": 1e3 * step.computing,
+        "slowed_ms": 1e3 * step.slowed,
+        "update_ms": 1e3 * step.update,
+        "other_ms": 1e3 * step.other,
+        "memory_gib": None if row.memory is None else row.memory / 2**30,
         "fits": row.fits,
     }
 
 
+def implied_by(scale: "Slowdown", profile: "Profile") -> dict[str, float]:
+    """Return which shares of the datasheet's rates a measurement implies."""
+    implied = {}
+    if scale.computing != 1:
+        implied["attained"] = profile.values["attained"].value / scale.computing
+    if scale.transfers != 1:
+        for tier in ("node", "network"):
+            key = f"links.{tier}.attained"
+            if key in profile.values:
+                implied[key] = profile.values[key].value / scale.transfers
+    return implied
+
+
+# ---------------------------------------------------------------------- showing it
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print an advice: its rows, the verdict, what to do, and what to know of this job."""
+    from scmoe.predict.advise import FEW_TOKENS
+    from scmoe.report import Report, say
+
+    job = facts["job"]
+    batches = f" in {job['batches']} batches" if job["batches"] > 1 else ""
+    what = "a prompt's pass" if job["prefill"] else "a step"
+    title = (
+        f"{job['config']} on {job['cluster']}: {job['ranks']} ranks, {job['tokens']:,} tokens in"
+        f" {what}{batches}, load {job['load']}. Predicted."
+    )
+    rows = {name: {**row, **in_words(row)} for name, row in facts["rows"].items()}
+    Report(title, rows, COLUMNS, "row").show()
+    verdict = {STEPS[name]: step for name, step in facts["verdict"].items()}
+    Report("Verdict", verdict, COLUMNS_OF_VERDICT, "what is added").show()
+    for implied in facts["implied"]:
+        values = ", ".join(f"{key} {value:.2g}" for key, value in implied.items())
+        say(f"The measurement implies {values} (of 1, the datasheet's rates).")
+    of_a_batch = job["tokens_of_batch"]
+    if of_a_batch < FEW_TOKENS:
+        say(
+            f"A rank has only {of_a_batch:,.0f} tokens in a batch. Launches and latency decide"
+            " there, which no measurement checks, so the intervals are wide."
+        )
+    if facts["guesses"] and not facts["implied"]:
+        say(f"guesses of this profile: {', '.join(facts['guesses'])}")
+    say(facts["to_do"])
+
+
+def in_words(row: Mapping[str, Any]) -> dict[str, str]:
+    chunks = row["chunks"]
+    way = "waits" if row["sequential"] else f"slot {row['slot']}"
+    if chunks > 1:
+        way += f", {chunks} chunks"
+    if row["batches_in_flight"] == 2:
+        way += ", 2 batches" if row["whole_batches"] else ", 2 halves"
+    fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
+    return {"way": way, "fits_in_words": fits}
+
+
+# ---------------------------------------------------------------------- a list of values
+
+
+def advise_each(config: str, words: Sequence[str], listed: str) -> None:
+    """Print a line and the JSON of each value of a list, and draw the verdicts. listed: the word
+    that has the list."""
+    from scmoe.config.installation import require
+    from scmoe.report import Report, say
+
+    require("scmoe advise with a list", "matplotlib")
+    key, _, values = listed.removeprefix("--").partition("=")
+    each = {
+        value: AskedAdvice(config, [f"{key}={value}" if word == listed else word for word in words])
+        for value in values.split(",")
+    }
+    facts = {value: asked.answer() for value, asked in each.items()}
+    lines = {value: line_of(answer) for value, answer in facts.items()}
+    columns = {"EP": "{ep}", "waits": "{waits:.0%}", "ms": "{step_ms:.4g}"}
+    for name, words_of_step in STEPS.items():
+        columns[words_of_step] = f"{{{name}}}"
+    Report(
+        f"{config}, by {key}: the standard model, and what each step brings", lines, columns, key
+    ).show()
+    draw(facts, key, f"{Path(config).stem}: what each step brings\nPrediction; whiskers: 90 %")
+    say(f"picture: {PICTURE}")
+    print_result({"key": key, "values": facts})
+
+
 def line_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is shown of an advice beside others."""
-    standard_ms = facts["rows"][facts["standard"]]["step_ms"]
-    share = facts["job"]["share"]
-    return {"share": share, "standard_ms": standard_ms, **facts["rows"][SHORTCUT]}
+    standard = next(iter(facts["rows"].values()))
+    line = {"ep": standard["ep"], "waits": standard["waits"], "step_ms": standard["step_ms"]}
+    for name, step in facts["verdict"].items():
+        low, high = step["interval"]
+        line[name] = f"{step['value']:.2f} [{low:.2f} {high:.2f}] {step['answer']}"
+    return line
 
 
-def draw(lines: Mapping[str, Mapping[str, Any]], key: str, words: str) -> None:
-    """Draw the speed-ups of some lines. words: the heading."""
+def draw(facts: Mapping[str, Mapping[str, Any]], key: str, words: str) -> None:
+    """Draw the steps of some verdicts. words: the heading."""
     from scmoe.charts import BLUE, GREEN, ORANGE, chart, heading
 
-    rivals = {
-        "over_top2": ("over the sequential standard model", BLUE),
-        "over_best": ("over the standard model at its best", GREEN),
-        "over_best_shared": ("over shared-expert at its best", ORANGE),
-    }
+    colors = dict(zip(STEPS, (BLUE, ORANGE, GREEN), strict=True))
     with chart(PICTURE, 4.2) as figure:
         axis = figure.subplots()
-        for number, (rival, (label, color)) in enumerate(rivals.items(), -1):
-            xs = [x + 0.04 * number for x in range(len(lines))]  # whiskers stand side by side
-            over = [line[rival] for line in lines.values()]
-            ends = [line[f"{rival}_interval"] for line in lines.values()]
-            below = [value - low for value, (low, _) in zip(over, ends, strict=True)]
-            above = [high - value for value, (_, high) in zip(over, ends, strict=True)]
-            line = {"color": color, "label": label, "capsize": 3, "linestyle": "--"}
-            axis.errorbar(xs, over, (below, above), **line)
+        for number, (name, label) in enumerate(STEPS.items(), -1):
+            xs = [x + 0.04 * number for x in range(len(facts))]  # whiskers stand side by side
+            steps = [each["verdict"][name] for each in facts.values()]
+            below = [step["value"] - step["interval"][0] for step in steps]
+            above = [step["interval"][1] - step["value"] for step in steps]
+            line = {"color": colors[name], "label": label, "capsize": 3, "linestyle": "--"}
+            axis.errorbar(xs, [step["value"] for step in steps], (below, above), **line)
         axis.axhline(1.0, color="#888888", linewidth=0.8)
-        axis.set_xticks(range(len(lines)), lines, rotation=20 if key == "cluster" else 0)
-        axis.set(xlabel=key, ylabel="speed-up of a training step")
+        axis.set_xticks(range(len(facts)), facts, rotation=20 if key == "cluster" else 0)
+        axis.set(xlabel=key, ylabel="speed-up of a step")
         axis.grid(axis="y")
         figure.legend(loc="outside lower left")
         heading(figure, words)

@@ -151,8 +151,9 @@ def measured(
 def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
     """Return when each operator begins and ends on this rank, [directions, N + 1, 2].
 
-    The operators are those between the tap and the end of the block, in the order of `operator_names`;
-    then comes all that is before the tap. What was not noted takes no time, at the tap.
+    The operators are those between the tap and the end of the block, in the order of
+    `operator_names`; then comes all that is before the tap. What was not noted takes no time, at
+    the tap.
     """
     rows = []
     for direction in directions:

@@ -32,7 +32,7 @@ from scmoe.parallel.dense.dense_auto import memory_of_rank
 from scmoe.parallel.mesh import use_loopback_for_gloo
 from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
 from scmoe.planning.clock import in_turn, median, seconds
-from scmoe.predict.profile import KEYS, NETWORK, Profile, Value
+from scmoe.predict.cluster import KEYS, NETWORK, Profile, Value
 
 ROUNDS = 9
 WARM_UP = 2

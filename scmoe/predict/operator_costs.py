@@ -5,6 +5,10 @@ products, layouts and casts are those of a training: no formula of an architectu
 call of torch that makes or changes a tensor is a kernel. Left out: backward, which timed_blocks.py
 takes as twice as many kernels, and the loss but for its bytes.
 
+An attention is one kernel that keeps no scores, whatever the widths of its heads, and that skips
+what a causal mask hides: half of the products. torch has such a kernel on cards for most widths;
+others are priced as if it had.
+
 What a block does before it routes, and what the model does between it and the preceding block, are
 parts of its BEFORE. What it does outside of any operator after it has routed counts as decode.
 """
@@ -17,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.blocks.sublayers import Residual, SelfAttention, outermost
@@ -71,7 +76,8 @@ class Layer(NamedTuple):
 class Costs:
     """A forward pass of a rank's batch. Equal layers are one object.
 
-    head: the parts after the last layer. top_k: of the first layer. tokens: of the batch.
+    head: the parts after the last layer. top_k: of the first layer. tokens: of the batch;
+    token_bytes: of the residual stream as products read it, of all tokens.
     dense_parameters: of every rank; expert_parameters: of all experts. logits_bytes: in the type of
     the loss.
     """
@@ -80,6 +86,7 @@ class Costs:
     head: tuple[Part, ...]
     top_k: int
     tokens: int
+    token_bytes: float
     dense_parameters: int
     expert_parameters: int
     logits_bytes: float
@@ -117,6 +124,8 @@ def count(model: Any, job: RankJob, batch: Tensor, batches: int = 1) -> Costs:
         kernels = Kernels(model)
         in_turn = kernels.noting_a_loop(experts.mlps_in_turn)
         inside.enter_context(patch.object(experts, "mlps_in_turn", in_turn))
+        one_kernel = patch.object(functional, "scaled_dot_product_attention", kernels.attention)
+        inside.enter_context(one_kernel)
         for number, block in enumerate(blocks):
             recorder: Any = _Noting(kernels, number)
             block.run_as(block.schedule, block.moe.dispatcher, recorder)
@@ -140,6 +149,10 @@ def count(model: Any, job: RankJob, batch: Tensor, batches: int = 1) -> Costs:
         head,
         top_k=layers[0].top_k,
         tokens=round(job.samples * rows),
+        token_bytes=job.samples
+        * rows
+        * blocks[0].moe.experts.w_in_eDF.shape[1]
+        * job.compute_bytes,
         dense_parameters=total - in_experts,
         expert_parameters=in_experts,
         logits_bytes=size * job.wide_bytes,
@@ -207,6 +220,27 @@ class Kernels:
             return outputs
 
         return noted
+
+    def attention(
+        self,
+        q_BHSd: Tensor,
+        k_BGLd: Tensor,
+        v_BGLv: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        **_: Any,
+    ) -> Tensor:
+        """Take the place of torch's attention: one kernel that reads its inputs and writes its
+        outputs."""
+        batch, heads, queries, width = q_BHSd.shape
+        keys, value_width = v_BGLv.shape[-2:]
+        y_BHSv = q_BHSd.new_empty(batch, heads, queries, value_width)
+        scores = batch * heads * queries * keys * (0.5 if is_causal else 1.0)
+        tensors = [q_BHSd, k_BGLd, v_BGLv, y_BHSv, *([] if mask is None else [mask])]
+        moved = sum(tensor.nbytes for tensor in tensors)
+        flops = 2.0 * scores * (width + value_width)
+        self.parts[-1].kernels.append(Kernel(flops, float(moved), 0.0))
+        return y_BHSv
 
     def beginning_with(self, model: Any) -> ExitStack:
         """Let a part begin where a step of the model begins and ends, and where a sub-layer of a

@@ -107,6 +107,7 @@ class SharedLink:
         bucket: TokenBucket | None = None,
     ) -> None:
         self.blocks = blocks
+        self.summed_after = [{each.operator for each in block.sums} for block in blocks]
         self.halves = halves
         self.at_once = at_once
         self.waiting = sorted(waiting)
@@ -124,9 +125,9 @@ class SharedLink:
             return
         layer = span.layer
         block = self.blocks[layer]
-        sums = [each for each in block.sums if each.operator == span.operator]
-        if not sums:
+        if span.operator not in self.summed_after[layer]:
             return
+        sums = [each for each in block.sums if each.operator == span.operator]
         run = 0
         pieces = self.halves
         if span.operator in PER_CHUNK:

@@ -18,6 +18,7 @@ here:
     burst       an idle link may have saved a part of the next transfer (shared_link.py)
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
+    stages      of a pipeline: a step waits for as many batches more as there are other stages
 
 An uneven load is played with the rows of each rank that may be the slowest. Left out: how the tax
 moves later transfers, and sums of weights that are split over ranks (FSDP).
@@ -31,6 +32,7 @@ from typing import Literal, NamedTuple
 from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.play import (
+    BEFORE,
     PER_CHUNK,
     TRANSFERS,
     Load,
@@ -53,7 +55,8 @@ class Block:
     times: seconds of every operator for all rows of one batch, in one piece, with BEFORE: all that
     is computed between the preceding block's end and the tap. fixed: seconds of each operator that
     every piece takes whatever its rows are: kernel launches, a transfer's latency. least: seconds
-    that a piece takes at least beside these: reading the weights. sums: of gradients.
+    that a piece takes at least beside these: reading the weights. sums: of gradients. gathers:
+    seconds in which the link gathers the block's weights before its forward.
     """
 
     schedule: Schedule
@@ -61,6 +64,12 @@ class Block:
     sums: Sequence[Sum] = ()
     fixed: OperatorTimes = NOTHING
     least: OperatorTimes = NOTHING
+    gathers: float = 0.0
+
+    @property
+    def gathered(self) -> Sequence[Sum]:
+        """What the link carries beside rows in forward."""
+        return (Sum(self.gathers, BEFORE, 0.0),) if self.gathers else ()
 
     @property
     def chunks(self) -> int:
@@ -77,11 +86,12 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepSetting:
     """How a step runs.
 
-    batches_in_flight: 2: halves in turns. sequential: transfers as Blocking has them.
-    accumulate: batches of a step. sums_at_once: that share the link with a transfer of rows.
+    batches_in_flight: 2: halves in turns. whole: two whole batches in turns instead, of an even
+    number. sequential: transfers as Blocking has them. accumulate: batches of a step. stages: of a
+    pipeline. sums_at_once: that share the link with a transfer of rows.
     burst: seconds of transfers that an idle link saves at most (shared_link.py). tax: what
     computation loses of the time that a transfer runs beside it. longer: by what factor
     computing all rows takes longer in two halves, beside launches and weights. update_s, other_s:
@@ -89,8 +99,10 @@ class Setting:
     """
 
     batches_in_flight: Literal[1, 2] = 1
+    whole: bool = False
     sequential: bool = False
     accumulate: int = 1
+    stages: int = 1
     sums_at_once: int = 1
     burst: float = 0.0
     tax: float = 0.0
@@ -98,7 +110,22 @@ class Setting:
     update_s: float = 0.0
     other_s: float = 0.0
 
+    @property
+    def passes(self) -> int:
+        """Of a step: the batches, or pairs of them."""
+        return self.accumulate // 2 if self.whole else self.accumulate
+
+    @property
+    def parts(self) -> int:
+        """Of each batch that are in flight at once."""
+        return 1 if self.whole else self.batches_in_flight
+
     def __post_init__(self) -> None:
+        if self.whole and (self.batches_in_flight != 2 or self.accumulate % 2):
+            raise ValueError(
+                f"{self.accumulate} batches of a step cannot be in flight two at a time. Use an"
+                " even number of them and batches_in_flight=2."
+            )
         if self.sequential and self.batches_in_flight == 2:
             raise ValueError(
                 "Transfers are sequential with two batches in flight. Choose one of the two: a half"
@@ -162,7 +189,7 @@ class Pass(NamedTuple):
 
 def simulate_step(
     blocks: Sequence[Block],
-    setting: Setting,
+    setting: StepSetting,
     head: Head | None = None,
     loads: Sequence[Load] | None = None,
 ) -> StepTime:
@@ -173,25 +200,28 @@ def simulate_step(
     forward = play_pass(blocks, "forward", setting, head, loads)
     last = play_pass(blocks, "backward", setting, head, loads)
     others = last
-    if setting.accumulate > 1:
-        without = {id(block): replace(block, sums=()) for block in blocks}
-        unsummed = [without[id(block)] for block in blocks]
+    if setting.passes > 1:
+        # gradients of weights that are split are summed with every batch
+        unsummed = [replace(block, sums=block.sums if block.gathers else ()) for block in blocks]
         others = play_pass(unsummed, "backward", setting, replace(head, sums=()), loads)
-    passes = setting.accumulate * [forward] + (setting.accumulate - 1) * [others] + [last]
+    passes = setting.passes * [forward] + (setting.passes - 1) * [others] + [last]
     hidden_sums = last.sums - last.exposed_sums
+    gathers = sum(each.exposed_sums for each in setting.passes * [forward])
+    batches = setting.accumulate / setting.passes
+    waited_for = (setting.stages - 1) * (forward.elapsed + others.elapsed) / batches
     return StepTime(
         computing=sum(each.computing for each in passes),
         exposed_rows=sum(each.exposed for each in passes),
-        exposed_gradients=last.exposed_sums,
+        exposed_gradients=last.exposed_sums + gathers,
         slowed=setting.tax * (sum(each.hidden for each in passes) + hidden_sums),
         update=setting.update_s,
-        other=setting.other_s,
+        other=setting.other_s + waited_for,
     )
 
 
 def simulate_forward(
     blocks: Sequence[Block],
-    setting: Setting,
+    setting: StepSetting,
     head: Head | None = None,
     loads: Sequence[Load] | None = None,
 ) -> StepTime:
@@ -203,14 +233,14 @@ def simulate_forward(
 # ---------------------------------------------------------------------- times of pieces
 
 
-def piece_times(block: Block, direction: Direction, setting: Setting) -> dict[str, float]:
+def piece_times(block: Block, direction: Direction, setting: StepSetting) -> dict[str, float]:
     """Return the seconds of each operator where it runs once: of a chunk, and of a half where two
     batches are in flight."""
     all_rows, fixed, least = (
         each.forward if direction == "forward" else each.backward
         for each in (block.times, block.fixed, block.least)
     )
-    halves = setting.batches_in_flight
+    halves = setting.parts
     seconds = {}
     for operator, whole in all_rows.items():
         chunks = block.schedule.chunks if operator in PER_CHUNK else 1
@@ -229,23 +259,26 @@ def piece_times(block: Block, direction: Direction, setting: Setting) -> dict[st
 def play_pass(
     blocks: Sequence[Block],
     direction: Direction,
-    setting: Setting,
+    setting: StepSetting,
     head: Head,
     loads: Sequence[Load] | None,
 ) -> Pass:
-    """Return a pass of one batch through all blocks and the head."""
+    """Return a pass of one batch, or two whole ones in flight, through all blocks and the head."""
     times = [piece_times(block, direction, setting) for block in blocks]
     schedules = [block.schedule for block in blocks]
     order = order_of(schedules, setting.batches_in_flight, setting.sequential)
     bucket = TokenBucket(setting.burst)
-    link = SharedLink([], bucket=bucket)
-    head_s = head.forward
+    gathers = [replace(block, sums=block.gathered) for block in blocks]
+    halves = setting.batches_in_flight
+    link = SharedLink(gathers, halves, setting.sums_at_once, (), bucket)
+    batches = 2 if setting.whole else 1
+    head_s = batches * head.forward
     if direction == "backward":
         order = mirror(order)
-        head_s = head.backward
+        head_s = batches * head.backward
         # the blocks' backward begins at 0, after that of the head
         of_head = [Waiting((each.part - 1) * head_s, each.seconds) for each in head.sums]
-        link = SharedLink(blocks, setting.batches_in_flight, setting.sums_at_once, of_head, bucket)
+        link = SharedLink(blocks, halves, setting.sums_at_once, of_head, bucket)
     shares = None if loads is None else slowest_ranks(loads)
     slowest = max(play(order, times, shares, link), key=elapsed)
     seconds = {True: 0.0, False: 0.0}

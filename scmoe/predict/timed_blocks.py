@@ -1,15 +1,26 @@
 """The seconds that a machine takes for what was counted of a model, as simulated_step.py has them.
 
 kernel       max(FLOPs / attained rate, bytes / memory rate) + launch
+fused        kernels without products that follow each other are one, which moves as many bytes as
+             the largest of them; casts of weights alone are left out
 weights      of a kernel's bytes, those that do not grow with rows; a rank reads 1 / EP of the
-             experts'
+             experts', and 1 / TP of the others'
 in turn      kernels that run once for each expert: a rank launches 1 / EP of them
-backward     twice the kernels of forward; of what is recomputed, three times
+backward     twice the kernels of forward; of what is recomputed, three times. Transfers are
+             repeated too where `transfers_again`
 attention    times the machine's factor
 layout       route, encode, decode: their kernels, and (`moe` + k `copy`) times the experts' time
              for the rows of one copy, without weights and launches
+host         the machine's fixed time of a block and batch, a third of it in forward, two in
+             backward, in encode: the host waits for the numbers of rows there. Recompute does not
+             repeat it
+TP           each of T ranks computes 1 / T of the rows of a batch, or of the heads and columns.
+             Around attention and MLPs tokens are gathered and summed over them, in forward and
+             backward each
 transfer     all-to-all of the rows that dispatch gets; the same back, and in backward
 sums         dense gradients over all ranks, experts' over those that hold the same ones
+gathers      weights that are split, dense and experts': before a block's forward and its
+             backward; their gradients are summed by a reduce-scatter
 update       UPDATE_BYTES a parameter of a rank / memory rate
 """
 
@@ -18,8 +29,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from scmoe.models.model_cost import WEIGHT_BYTES
-from scmoe.predict.operator_costs import OUTSIDE, Costs, Layer, Part
-from scmoe.predict.profile import Groups, Machine
+from scmoe.predict.cluster_rates import Groups, Machine
+from scmoe.predict.operator_costs import OUTSIDE, Costs, Kernel, Layer, Part
 from scmoe.predict.shared_link import Sum
 from scmoe.predict.simulated_step import Block, Head
 from scmoe.schedule.cost import OperatorTimes
@@ -34,13 +45,39 @@ MODULE_SHARE = {"route": 1 / 3, "encode": 1 / 3, "decode": 1 / 3}
 COPY_SHARE = {"encode": 1 / 3, "decode": 2 / 3}
 
 
-class Sizes(NamedTuple):
-    """The ranks of a job; rows and bytes between ranks, over those that were counted."""
+IN_TENSOR_PARALLEL = (
+    "attention",
+    "mlp",
+    "shared_expert",
+)  # tokens are gathered before, summed after
+
+
+class JobSizes(NamedTuple):
+    """The ranks of a job, and what travels between them.
+
+    rows, sent, received: rows of a rank over those that were counted, and bytes of a number that is
+    dispatched and combined over those of a computed one. tensor_parallel: ranks that share each
+    dense weight. node_copies: of a token, where one row for each node travels between nodes
+    (cluster_rates.py). split: dense weights are split over all ranks. transfers_again: what is
+    computed again dispatches again. stages: of the pipeline; the model is one of them, without its
+    share of embedding and head.
+    """
 
     ranks: int
     ep_size: int
     rows: float = 1.0
     sent: float = 1.0
+    received: float = 1.0
+    tensor_parallel: int = 1
+    node_copies: int | None = None
+    split: bool = False
+    transfers_again: bool = False
+    stages: int = 1
+
+    @property
+    def sharing_dense(self) -> Groups:
+        """The ranks that share each dense weight: neighbours."""
+        return Groups(self.tensor_parallel, self.ranks)
 
     @property
     def all_ranks(self) -> Groups:
@@ -57,7 +94,7 @@ class Sizes(NamedTuple):
         return Groups(self.ranks // self.ep_size, self.ranks, self.ep_size)
 
 
-def blocks_on(machine: Machine, costs: Costs, sizes: Sizes) -> tuple[list[Block], Head]:
+def blocks_on(machine: Machine, costs: Costs, sizes: JobSizes) -> tuple[list[Block], Head]:
     """Return the blocks of a model and its head as a machine runs them, at the schedules with which
     they were counted."""
     timing = _Timing(machine, costs, sizes)
@@ -79,33 +116,58 @@ def at_schedule(blocks: Sequence[Block], wanted: Schedule) -> list[Block]:
     return [changed.get(block, block) for block in blocks]
 
 
-def update_seconds(machine: Machine, costs: Costs, sizes: Sizes) -> float:
+def update_seconds(machine: Machine, costs: Costs, sizes: JobSizes) -> float:
     """Return the seconds of the optimizer's update of a rank's parameters."""
-    held = costs.dense_parameters + costs.expert_parameters / sizes.ep_size
+    held = costs.dense_parameters / sizes.tensor_parallel + costs.expert_parameters / sizes.ep_size
+    if sizes.split:
+        held = (costs.dense_parameters + costs.expert_parameters) / sizes.ranks
     width = WEIGHT_BYTES[costs.job.precision] / 4
     return UPDATE_BYTES * width * held / machine.memory
+
+
+def fused(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Return the kernels with each run of those without products as one."""
+    merged: list[Kernel] = []
+    for kernel in kernels:
+        if not (kernel.flops or kernel.moved):
+            continue  # a cast of weights
+        last = merged[-1] if merged else None
+        if last is None or last.flops or kernel.flops or kernel.for_each_expert:
+            merged.append(kernel)
+            continue
+        moved = max(last.moved, kernel.moved)
+        merged[-1] = last._replace(moved=moved, weights=last.weights + kernel.weights)
+    return merged
 
 
 class _Timing(NamedTuple):
     machine: Machine
     costs: Costs
-    sizes: Sizes
+    sizes: JobSizes
 
     def forward(self, part: Part) -> float:
         factor = self.machine.attention if part.operator == "attention" else 1.0
-        return factor * self.kernels(part, self.held(part)) + self.launches(part)
+        gathers = 0.0
+        if part.operator in IN_TENSOR_PARALLEL:
+            nbytes = self.costs.token_bytes * self.sizes.rows
+            gathers = 2 * self.machine.gather(nbytes, self.sizes.sharing_dense)
+        return factor * self.kernels(part, self.held(part)) + self.launches(part) + gathers
 
     def kernels(self, part: Part, weights: float) -> float:
         """Return the seconds of a part's kernels in forward. weights: the share of the weights that
         they read."""
-        machine, rows = self.machine, self.sizes.rows
+        machine = self.machine
+        rows = self.sizes.rows / self.sizes.tensor_parallel
         return sum(
             max(
                 kernel.flops * rows / machine.flops,
                 (kernel.moved * rows + kernel.weights * weights) / machine.memory,
             )
-            for kernel in part.kernels
+            for kernel in self.run_kernels(part)
         )
+
+    def run_kernels(self, part: Part) -> Sequence[Kernel]:
+        return fused(part.kernels) if self.machine.fused else part.kernels
 
     def backward(self, part: Part) -> float:
         return self.forward(part) * self.times_in_backward(part)
@@ -116,13 +178,16 @@ class _Timing(NamedTuple):
         return BACKWARD + again
 
     def launches(self, part: Part) -> float:
-        in_turn = sum(kernel.for_each_expert for kernel in part.kernels)
-        once = len(part.kernels) - in_turn
+        kernels = self.run_kernels(part)
+        in_turn = sum(kernel.for_each_expert for kernel in kernels)
+        once = len(kernels) - in_turn
         return (once + in_turn * self.held(part)) * self.machine.launch
 
     def held(self, part: Part) -> float:
         """Return the share of a part's weights that a rank holds."""
-        return 1 / self.sizes.ep_size if part.operator == "experts" else 1.0
+        if part.operator == "experts":
+            return 1 / self.sizes.ep_size
+        return 1 / self.sizes.tensor_parallel
 
     def block(self, layer: Layer) -> Block:
         """Return a block at the schedule with which it was counted."""
@@ -143,6 +208,9 @@ class _Timing(NamedTuple):
             launches = [self.launches(part) * self.times_in_backward(part) for part in parts]
             fixed["backward"][name] = sum(launches) / times_run[name]
         self.add_layout(seconds, runs["experts"], layer.top_k)
+        for direction, thirds in (("forward", 1), ("backward", BACKWARD)):
+            seconds[direction]["encode"] += thirds * self.machine.fixed / 3
+            fixed[direction]["encode"] += thirds * self.machine.fixed / 3
         self.set_transfers(seconds, fixed, runs["dispatch"])
         return Block(
             layer.schedule,
@@ -150,6 +218,7 @@ class _Timing(NamedTuple):
             tuple(self.sums_of(runs, times_run)),
             OperatorTimes(**fixed),
             self.reading(runs["experts"]),
+            sum(self.gather_seconds(part) for parts in runs.values() for part in parts),
         )
 
     def reading(self, experts: Sequence[Part]) -> OperatorTimes:
@@ -184,11 +253,19 @@ class _Timing(NamedTuple):
     ) -> None:
         groups = self.sizes.sharing_experts
         rows_bytes = sum(part.rows_bytes for part in dispatched)
-        nbytes = rows_bytes * self.sizes.rows * self.sizes.sent
-        for direction in ("forward", "backward"):
-            for transfer in TRANSFERS:
-                seconds[direction][transfer] = self.machine.all_to_all(nbytes, groups)
-                fixed[direction][transfer] = self.machine.all_to_all_latency(groups)
+        nbytes = rows_bytes * self.sizes.rows / self.sizes.tensor_parallel
+        width = {"dispatch": self.sizes.sent, "combine": self.sizes.received}
+        copies = self.sizes.node_copies
+        latency = self.machine.all_to_all_latency(groups)
+        for transfer in TRANSFERS:
+            times = self.machine.all_to_all(nbytes * width[transfer], groups, copies)
+            # its gradient travels as combine's rows do
+            back = self.machine.all_to_all(nbytes * self.sizes.received, groups, copies)
+            again = self.sizes.transfers_again and self.costs.job.recompute
+            seconds["forward"][transfer] = times
+            seconds["backward"][transfer] = back + (times if again else 0.0)
+            fixed["forward"][transfer] = latency
+            fixed["backward"][transfer] = latency * (2 if again else 1)
 
     def sums_of(self, runs: dict[str, list[Part]], times_run: dict[str, int]) -> list[Sum]:
         """Return the sums of a block's gradients."""
@@ -217,14 +294,36 @@ class _Timing(NamedTuple):
         width = WEIGHT_BYTES[self.costs.job.precision]
         sizes = self.sizes
         local = part.expert / sizes.ep_size
-        dense = self.machine.all_reduce(part.dense * width, sizes.all_ranks)
+        if sizes.split:  # gathered before backward, and reduced to the part of a rank
+            return 2 * self.gather_seconds(part)
+        per_rank = part.dense * width / sizes.tensor_parallel
+        dense = self.machine.all_reduce(per_rank, sizes.all_ranks)
         return dense + self.machine.all_reduce(local * width, sizes.same_experts)
+
+    def gather_seconds(self, part: Part) -> float:
+        """Return the seconds in which a part's weights are gathered, if they are split: dense ones
+        over all ranks, experts' over those that hold the same ones."""
+        if not self.sizes.split:
+            return 0.0
+        width = self.costs.job.compute_bytes
+        dense = part.dense * width / self.sizes.tensor_parallel
+        experts = part.expert * width / self.sizes.ep_size
+        return self.machine.gather(dense, self.sizes.all_ranks) + self.machine.gather(
+            experts, self.sizes.same_experts
+        )
 
     def head(self) -> Head:
         """Return what follows the last block, with the loss: a pass over the logits in each
         direction reads and writes them."""
         parts = self.costs.head
-        loss = 2 * self.costs.logits_bytes * self.sizes.rows / self.machine.memory
+        stages = self.sizes.stages
+        loss = (
+            2
+            * self.costs.logits_bytes
+            * self.sizes.rows
+            / self.sizes.tensor_parallel
+            / self.machine.memory
+        )
         forward = sum(map(self.forward, parts))
         backward = sum(map(self.backward, parts))
         share = backward / (backward + loss)
@@ -232,4 +331,4 @@ class _Timing(NamedTuple):
             each._replace(part=1 - share * (1 - each.part))
             for each in self.sums_in_order(parts, "head")
         ]
-        return Head(forward + loss, backward + loss, sums)
+        return Head((forward + loss) / stages, (backward + loss) / stages, sums)

@@ -22,7 +22,7 @@ receiver is sending itself (docs/decisions/0019-point-to-point.md).
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 from scmoe.schedule.schedule import Schedule
@@ -57,8 +57,7 @@ class Action(NamedTuple):
         return self.half, self.layer, self.operator, self.chunk
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """When an action runs, from start to end, in the unit of the given times."""
 
     operator: str
@@ -89,7 +88,7 @@ EVEN = Share(1.0, 1.0, 1.0)
 Load = Sequence[Sequence[Share]]  # of each chunk and rank of a block
 
 
-class Traffic(Protocol):
+class OtherTraffic(Protocol):
     """What else the links carry (predict/shared_link.py). A transfer of rows takes longer where it
     meets sums of gradients, or shorter after an idle time."""
 
@@ -106,11 +105,16 @@ class Traffic(Protocol):
 
 def order_of(
     schedules: Sequence[Schedule], batches: int = 1, sequential: bool = False
-) -> list[Action]:
+) -> Sequence[Action]:
     """Return what a rank does in forward, in order, with so many batches in flight.
 
     schedules: of the blocks, in order. sequential: each transfer is waited for right after its
     launch, as moe.dispatcher.Blocking does."""
+    return _order(tuple(schedules), batches, sequential)
+
+
+@lru_cache(maxsize=256)
+def _order(schedules: tuple[Schedule, ...], batches: int, sequential: bool) -> tuple[Action, ...]:
     left = [
         deque(
             action
@@ -126,7 +130,7 @@ def order_of(
                 order.append(actions.popleft())
             while actions and actions[0].kind != "wait":
                 order.append(actions.popleft())
-    return order
+    return tuple(order)
 
 
 def actions_of(half: int, layer: int, schedule: Schedule, sequential: bool = False) -> list[Action]:
@@ -173,7 +177,7 @@ def play(
     order: Sequence[Action],
     times: Sequence[Mapping[str, float]],
     loads: Sequence[Load] | None = None,
-    traffic: Traffic | None = None,
+    traffic: OtherTraffic | None = None,
 ) -> list[list[Span]]:
     """Return when each operator and transfer of an order runs, on each rank.
 
@@ -194,9 +198,9 @@ def play(
     for action in order:
         of_block = times[action.layer]
         duration = of_block.get(action.operator, 0.0)
-        shares = [EVEN]
+        shares: Sequence[Share] = (EVEN,)
         if loads is not None and action.operator in PER_CHUNK:
-            shares = [*loads[action.layer][action.chunk]]
+            shares = loads[action.layer][action.chunk]
         if action.kind == "wait":
             arrived = arrives[action.transfer]
             clock = [max(time, arrived) for time in clock]

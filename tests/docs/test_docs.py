@@ -22,8 +22,8 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES
+from scmoe.predict.cluster import parse_profile, read_profile
 from scmoe.predict.costs import load_for
-from scmoe.predict.profile import parse_profile, read_profile
 from scmoe.sweeps.sweep_file import read
 from tests.support.pages import GUIDES, ROOT, all_commands, blocks, program_of
 
@@ -205,7 +205,8 @@ INLINE = {
     text for page in GUIDES for text in code(page) if re.match(r"(make|scmoe) [a-z-]+ .*\w", text)
 }
 NO_VERB = re.compile(r"make (setup|test|docs|wheel-test)\b|.*docs/examples/")
-NO_FIELD = ("ep", "dp", "ranks", "samples", "step")  # words of a verb
+NO_FIELD = ("ep", "dp", "ranks", "samples", "step", "stage_layers", "tensor_parallel")  # words of a verb
+OF_ADVISE = r"(cluster|load|measured\w*|copies|wire|prefill|repeat_transfers|top1)[.=]"
 TAKES_A_CONFIG = ("train", "estimate", "advise", "check-data")
 FREE = ("options.", "callbacks.", "schedule")  # mappings, and schedule=auto
 MINE = """
@@ -262,7 +263,7 @@ def refused(command: str) -> str | None:
         numbers, given = numbers_of(given, NO_FIELD)
         if verb == "advise":
             of_cluster = [word for word in given if word.startswith(("cluster.", "cluster="))]
-            given = [word for word in given if not re.match(r"(cluster|load)[.=]", word)]
+            given = [word for word in given if not re.match(OF_ADVISE, word)]
             (name, *values) = sorted(of_cluster, key=lambda word: word.startswith("cluster."))
             name = name.partition("=")[2]
             if name not in ("NAME", "measure", "mine.yaml"):

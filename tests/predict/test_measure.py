@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from scmoe.config.leaves import ConfigError
 from scmoe.predict import measure
-from scmoe.predict.advice import Request, advice_for
+from scmoe.predict.advise import advise
+from scmoe.predict.cluster_rates import Groups
+from scmoe.predict.judged_job import Request
 from scmoe.predict.measure import COPIED, HOST_SIZES, LARGE, SMALL, RankTimes, profile_of
-from scmoe.predict.profile import Groups
+from tests.support.advised import counted_on
 
 # a card without links
 CARD = RankTimes(product=1e-3, copy=4e-4, launches=4e-4)
@@ -53,8 +55,9 @@ def test_the_peak_of_a_known_card_is_its_datasheet_s():
 def test_a_single_card_has_no_links_and_can_be_advised():
     profile = profile_of([CARD], True, "NVIDIA H100 80GB HBM3")
     assert "links.node.gb_s" not in profile.guesses
-    advice, config = advice_for(Request("quickstart", ["model.layers=2"]), profile)
-    assert config.strategy.ep_size == 1 and advice.share == 0.0
+    job, models = counted_on(profile, Request("quickstart", ["model.layers=2"]))
+    advice = advise([models["top2"], models["shared_expert"], models["scmoe_pos2"]], profile, job)
+    assert job.ep_sizes == (1,)
     for row in advice.rows.values():
         assert row.step.exposed_rows == pytest.approx(0.0, abs=1e-12)  # sums of times
 

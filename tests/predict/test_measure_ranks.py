@@ -2,8 +2,9 @@
 
 import pytest
 
+from scmoe.predict.cluster import KEYS, NETWORK
+from scmoe.predict.cluster_rates import Groups
 from scmoe.predict.measure import measure
-from scmoe.predict.profile import KEYS, NETWORK, Groups
 
 pytestmark = pytest.mark.ranks
 

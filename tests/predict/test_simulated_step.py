@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from scmoe.predict.shared_link import Sum
-from scmoe.predict.simulated_step import Block, Head, Setting, simulate_forward, simulate_step
+from scmoe.predict.simulated_step import Block, Head, StepSetting, simulate_forward, simulate_step
 from scmoe.schedule.cost import OperatorTimes, computing_time, elapsed_time
 from scmoe.schedule.play import BEFORE, EVEN, TRANSFERS, Share, slowest_ranks
 from scmoe.schedule.schedule import Schedule
@@ -39,16 +39,16 @@ def scaled(times: OperatorTimes, factor: float, operators=TRANSFERS) -> Operator
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_a_pair_takes_what_the_timeline_says(schedule):
-    step = simulate_step([Block(schedule, TIMES)], Setting())
+    step = simulate_step([Block(schedule, TIMES)], StepSetting())
     assert step.total == pytest.approx(elapsed_time(schedule, TIMES) + BEFORE_S)
     assert step.computing == pytest.approx(computing_time(schedule, TIMES) + BEFORE_S)
-    three = simulate_step([Block(schedule, TIMES)] * 3, Setting(accumulate=2), Head(1.0, 2.0))
+    three = simulate_step([Block(schedule, TIMES)] * 3, StepSetting(accumulate=2), Head(1.0, 2.0))
     assert three.total == pytest.approx(2 * (3 * step.total + 3))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_halves_take_what_the_stack_says(schedule):
-    step = simulate_step([Block(schedule, TIMES)] * 3, Setting(batches_in_flight=2))
+    step = simulate_step([Block(schedule, TIMES)] * 3, StepSetting(batches_in_flight=2))
     layers = [(schedule, half_of(TIMES))] * 3
     assert step.total == pytest.approx(stack_time(layers, 2))
 
@@ -56,7 +56,12 @@ def test_halves_take_what_the_stack_says(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_with_free_transfers_all_ways_take_as_long(schedule):
     free = Block(schedule, scaled(TIMES, 0.0))
-    ways = [Setting(), Setting(sequential=True), Setting(batches_in_flight=2), Setting(tax=0.5)]
+    ways = [
+        StepSetting(),
+        StepSetting(sequential=True),
+        StepSetting(batches_in_flight=2),
+        StepSetting(tax=0.5),
+    ]
     totals = [simulate_step([free] * 3, way).total for way in ways]
     assert totals == pytest.approx([totals[0]] * len(ways))
 
@@ -70,14 +75,18 @@ def test_with_an_infinite_link_all_positions_take_as_long():
         forward = {**FORWARD, BEFORE: before}
         backward = {**BACKWARD, BEFORE: 2 * before}
         block = Block(schedule, scaled(OperatorTimes(forward, backward), 0.0))
-        total.append(simulate_step([block] * 2, Setting()).total)
+        total.append(simulate_step([block] * 2, StepSetting()).total)
     assert total == pytest.approx([total[0]] * 3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_a_faster_link_never_slows(schedule):
     sums = (Sum(1.0, BEFORE, 0.5), Sum(1.0, BEFORE), Sum(2.0, "experts"))
-    for way in (Setting(), Setting(sequential=True), Setting(batches_in_flight=2, tax=0.2)):
+    for way in (
+        StepSetting(),
+        StepSetting(sequential=True),
+        StepSetting(batches_in_flight=2, tax=0.2),
+    ):
         totals = [
             simulate_step([Block(schedule, scaled(TIMES, f), sums)] * 3, way).total
             for f in (2.0, 1.0, 0.5, 0.25, 0.0)
@@ -87,12 +96,12 @@ def test_a_faster_link_never_slows(schedule):
 
 def test_gradients_without_bytes_add_nothing_and_those_of_the_first_block_are_exposed():
     block = Block(SCHEDULES[0], TIMES)
-    plain = simulate_step([block] * 2, Setting(accumulate=3))
+    plain = simulate_step([block] * 2, StepSetting(accumulate=3))
     nothing = replace(block, sums=(Sum(0.0, BEFORE), Sum(0.0, "experts")))
-    assert simulate_step([nothing] * 2, Setting(accumulate=3)) == plain
+    assert simulate_step([nothing] * 2, StepSetting(accumulate=3)) == plain
     last = replace(block, sums=(Sum(0.25, BEFORE),))
     # ready at the very end of backward; those of the later block are hidden
-    summed = simulate_step([last] * 2, Setting(accumulate=3))
+    summed = simulate_step([last] * 2, StepSetting(accumulate=3))
     assert summed.exposed_gradients == pytest.approx(0.25)
     assert summed.total == pytest.approx(plain.total + 0.25)
 
@@ -101,7 +110,7 @@ def test_gradients_without_bytes_add_nothing_and_those_of_the_first_block_are_ex
 def test_the_heads_sums_are_carried_once(batches):
     """They are all hidden, and computing is slowed by their time at a tax of 1."""
     blocks = [Block(SCHEDULES[0], scaled(TIMES, 0.0))] * 2
-    way = Setting(batches_in_flight=batches, tax=1.0)
+    way = StepSetting(batches_in_flight=batches, tax=1.0)
     plain = simulate_step(blocks, way, Head(1.0, 2.0))
     summed = simulate_step(blocks, way, Head(1.0, 2.0, [Sum(0.7, "head")]))
     assert summed.slowed == pytest.approx(plain.slowed + 0.7)
@@ -109,35 +118,38 @@ def test_the_heads_sums_are_carried_once(batches):
 
 def test_an_operator_that_the_window_has_twice_has_two_sums():
     block = Block(POSITIONS[2], scaled(TIMES, 0.0), (Sum(100.0, "attention"),))
-    twice = simulate_step([block], Setting())
+    twice = simulate_step([block], StepSetting())
     assert 100 < twice.exposed_gradients < 200
 
 
 def test_chunks_and_halves_pay_launches_and_weights_again():
     fixed = OperatorTimes({"experts": 0.5, "dispatch": 0.1}, {"experts": 1.0, "dispatch": 0.1})
     least = OperatorTimes({"experts": 2.0}, {"experts": 4.0})
-    for schedule, way in ((SCHEDULES[1], Setting()), (SCHEDULES[0], Setting(batches_in_flight=2))):
+    for schedule, way in (
+        (SCHEDULES[1], StepSetting()),
+        (SCHEDULES[0], StepSetting(batches_in_flight=2)),
+    ):
         plain = simulate_step([Block(schedule, TIMES)], way)
         block = Block(schedule, TIMES, (), fixed, least)
         paid = simulate_step([block], way)
         # forward: two pieces of 2 + 0.5 in place of 3; backward twice that
         assert paid.computing == pytest.approx(plain.computing + 3 * (2 * 2.5 - 3))
-    whole = simulate_step([Block(SCHEDULES[0], TIMES, (), fixed, least)], Setting())
-    assert whole == simulate_step([Block(SCHEDULES[0], TIMES)], Setting())
+    whole = simulate_step([Block(SCHEDULES[0], TIMES, (), fixed, least)], StepSetting())
+    assert whole == simulate_step([Block(SCHEDULES[0], TIMES)], StepSetting())
 
 
 def test_the_tax_is_a_share_of_what_is_hidden():
     block = Block(Schedule("scmoe", "pos3", 2), TIMES)  # hides all: 4 of each direction
-    taxed = simulate_step([block], Setting(tax=0.1))
+    taxed = simulate_step([block], StepSetting(tax=0.1))
     assert taxed.exposed_rows == pytest.approx(0.0)
     assert taxed.slowed == pytest.approx(0.1 * 8)
-    assert simulate_step([Block(SCHEDULES[0], TIMES)], Setting(tax=0.1)).slowed == 0.0
+    assert simulate_step([Block(SCHEDULES[0], TIMES)], StepSetting(tax=0.1)).slowed == 0.0
 
 
 @pytest.mark.parametrize(("schedule", "batches"), [*product(SCHEDULES, (1, 2))], ids=str)
 def test_even_loads_change_nothing_and_uneven_ones_cost(schedule, batches):
     blocks = [Block(schedule, TIMES)] * 2
-    way = Setting(batches_in_flight=batches)
+    way = StepSetting(batches_in_flight=batches)
     even = simulate_step(blocks, way)
     loads = [[[EVEN] * 3] * schedule.chunks] * 2
     assert simulate_step(blocks, way, loads=loads).total == pytest.approx(even.total)
@@ -154,4 +166,4 @@ def test_only_ranks_that_may_be_the_slowest_are_played():
 
 def test_transfers_that_are_waited_for_at_once_hide_nothing():
     with pytest.raises(ValueError, match="two batches"):
-        Setting(batches_in_flight=2, sequential=True)
+        StepSetting(batches_in_flight=2, sequential=True)

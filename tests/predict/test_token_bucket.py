@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
-from scmoe.predict.simulated_step import Block, Setting, simulate_forward, simulate_step
+from scmoe.predict.simulated_step import Block, StepSetting, simulate_forward, simulate_step
 from scmoe.schedule.cost import OperatorTimes, play_block
 from scmoe.schedule.play import LAUNCH, TRANSFERS, Share, elapsed, order_of, play
 from scmoe.schedule.schedule import Schedule
@@ -69,7 +69,7 @@ TIMES = OperatorTimes(PAIR, PAIR)
 def test_each_transfer_of_blocks_that_wait_for_it_is_shorter_by_a_burst(burst):
     """Between two transfers a rank computes for 2 s or longer."""
     blocks = [Block(Schedule("top_k"), TIMES)] * 2
-    setting = Setting(sequential=True, burst=burst)
+    setting = StepSetting(sequential=True, burst=burst)
     forward = simulate_forward(blocks, setting)
     assert forward.total == pytest.approx(2 * (14.0 - 2 * burst))
     assert forward.exposed_rows == pytest.approx(2 * (8.0 - 2 * burst))
@@ -81,7 +81,7 @@ def test_what_a_block_leaves_in_the_bucket_is_there_in_the_next_one():
     long = {operator: 10.0 if operator in TRANSFERS else t for operator, t in PAIR.items()}
     blocks = [Block(Schedule("top_k"), OperatorTimes(long))] * 2
     shorter = 6.0 + 2.0 + 4.0 + 2.0
-    total = simulate_forward(blocks, Setting(sequential=True, burst=6.0)).total
+    total = simulate_forward(blocks, StepSetting(sequential=True, burst=6.0)).total
     assert total == pytest.approx(2 * 26.0 - shorter)
 
 
@@ -89,7 +89,7 @@ def test_sums_between_two_blocks_leave_nothing_in_the_bucket():
     """A sum of 3 s is ready a second after a transfer and ends right before the next one."""
     last = replace(Block(Schedule("top_k"), TIMES), sums=[Sum(3.0, "route")])
     first = Block(Schedule("top_k"), TIMES)
-    setting = Setting(sequential=True, burst=2.0)
+    setting = StepSetting(sequential=True, burst=2.0)
     step = simulate_step([first, last], setting)
     without = simulate_step([first, replace(last, sums=[])], setting)
     assert step.total == pytest.approx(without.total + 2.0)
@@ -101,7 +101,7 @@ def test_bytes_that_pass_at_once_take_as_much_processor_time_as_others(batches):
     short = PAIR | {"dispatch": 1.0, "combine": 1.0, "mlp": 5.0, "attention": 5.0}
     blocks = [Block(Schedule("scmoe", "pos2"), OperatorTimes(short, short))] * 2
     steps = [
-        simulate_step(blocks, Setting(batches_in_flight=batches, tax=0.1, burst=burst))
+        simulate_step(blocks, StepSetting(batches_in_flight=batches, tax=0.1, burst=burst))
         for burst in (0.0, 0.5)
     ]
     assert steps[0].exposed_rows == steps[1].exposed_rows == 0.0
@@ -112,7 +112,8 @@ def test_with_two_batches_in_flight_queued_transfers_save_nothing():
     """The link is never idle between its first and its last transfer."""
     blocks = [Block(Schedule("top_k"), OperatorTimes(PAIR | {"dispatch": 40.0, "combine": 40.0}))]
     without, with_burst = (
-        simulate_forward(blocks, Setting(batches_in_flight=2, burst=burst)) for burst in (0.0, 2.0)
+        simulate_forward(blocks, StepSetting(batches_in_flight=2, burst=burst))
+        for burst in (0.0, 2.0)
     )
     assert without.total - with_burst.total == pytest.approx(2.0)
 
@@ -136,7 +137,7 @@ def test_each_piece_of_a_transfer_has_a_launch():
     times = OperatorTimes(PAIR | {LAUNCH: 0.25})
     block = Block(Schedule("top_k", chunks=2), times, fixed=OperatorTimes({LAUNCH: 0.25}))
     for batches in (1, 2):
-        setting = Setting(batches_in_flight=batches, longer=3.0)
+        setting = StepSetting(batches_in_flight=batches, longer=3.0)
         computed = sum(PAIR[operator] for operator in ("before", "route", "experts"))
         longer = 3.0 if batches == 2 else 1.0
         launches = 2 * 2 * batches * 0.25

@@ -1,18 +1,25 @@
 """The models that `scmoe advise` compares, counted once for several tests."""
 
+from collections.abc import Mapping
 from functools import cache
 
-from scmoe.config.fields import Config
-from scmoe.predict.advice import Request, config_for, models_for
-from scmoe.predict.plan import Model
-from scmoe.predict.profile import Profile, read_profile
+from scmoe.predict.cluster import Profile, read_profile
+from scmoe.predict.compared_models import Model, job_of, models_for
+from scmoe.predict.judged_job import Job, Request
 
-QUICK = Request("quickstart", ["model.layers=4"])
+# four samples of each of eight ranks
+QUICK = Request("quickstart", ["model.layers=4", "data.global_batch_size=32"])
+
+
+def counted_on(profile: Profile, request: Request) -> tuple[Job, dict[str, Model]]:
+    """Return the job of a request, and its models by name, top1 among them."""
+    job = job_of(request, profile)
+    models = models_for(job, profile, request.load, top1=True)
+    return job, {model.name: model for model in models}
 
 
 @cache
-def quickstart_on_cards() -> tuple[Profile, Config, dict[str, Model]]:
-    """Return a cluster of eight H100 cards, the quickstart's config there, and its models."""
+def quickstart_on_cards() -> tuple[Profile, Job, Mapping[str, Model]]:
+    """Return a cluster of eight H100 cards, the quickstart's job there, and its models."""
     profile = read_profile("8xH100")
-    config = config_for(QUICK, profile)
-    return profile, config, {model.name: model for model in models_for(QUICK, profile, config)}
+    return profile, *counted_on(profile, QUICK)

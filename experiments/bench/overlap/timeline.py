@@ -7,7 +7,6 @@ The five timelines of the figure (TIMELINES) run on shaped links as in `bench ov
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,7 @@ def one_at_a_time(spans: list[Span]) -> list[Span]:
     shown, link_end = [], 0.0
     for span in sorted(spans, key=lambda span: span.end):
         if span.is_transfer:
-            span = replace(span, start=max(span.start, link_end))
+            span = span._replace(start=max(span.start, link_end))
             link_end = span.end
         shown.append(span)
     return shown

@@ -6,23 +6,13 @@ import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED
-from scmoe.predict.profile import (
-    KEYS,
-    Groups,
-    Link,
-    Machine,
-    names,
-    overridden,
-    parse_profile,
-    read_profile,
-)
+from scmoe.predict.cluster import names, overridden, parse_profile, read_profile
+from scmoe.predict.cluster_rates import Groups, Link, Machine, rows_for_each_node
 
 TIERED = Machine(1.0, 1.0, Link(1.0, 0.0), Link(1.0, 0.0), ranks_per_node=8)
 
 
-def test_every_profile_is_read_and_drawn_within_its_limits():
-    from random import Random
-
+def test_every_profile_is_read():
     assert {"8xA30-PCIe", "8xA800-NVLink", "2x8xA800", "8xH100"} <= {*names()}
     slower, faster = (f"128x8xH100-{fabric}" for fabric in ("Ethernet", "InfiniBand"))
     assert read_profile(slower).ranks == read_profile(faster).ranks == 1024
@@ -31,10 +21,8 @@ def test_every_profile_is_read_and_drawn_within_its_limits():
     for name in names():
         profile = read_profile(name)
         assert profile.guesses
-        for key, number in profile.draw(Random(1)).items():
-            assert KEYS[key].low <= number <= KEYS[key].high
         assert overridden(profile, ["cluster.tax=0.3"]).machine().tax == 0.3
-        assert profile.memory in (24e9, 80e9)
+        assert profile.memory in (24e9, 80e9, 141e9, 180e9)
         assert overridden(profile, ["cluster.memory_gb=40"]).memory == 40e9
 
 
@@ -125,3 +113,21 @@ def test_a_profile_need_not_state_the_device_s_memory():
     text = (SHIPPED / "cluster/8xA30-PCIe.yaml").read_text(encoding="utf-8")
     without = text.replace("memory_gb: {value: 24, source: datasheet}\n", "")
     assert without != text and parse_profile(without, "mine", "mine").memory is None
+
+
+def test_one_row_of_a_token_for_each_node_is_as_many_as_its_experts_are_on():
+    """Of 2 copies over 2 nodes, both are on one node in half of the cases; one copy is one row."""
+    assert rows_for_each_node(2, 2) == pytest.approx(1.5 / 2)
+    assert rows_for_each_node(1, 4) == pytest.approx(1.0)
+    assert rows_for_each_node(8, 2) == pytest.approx(2 * (1 - 2**-8) / 8)
+    machine = replace(TIERED, node=Link(400.0, 0.0), network=Link(40.0, 0.0))
+    groups = Groups(16, 16)
+    each_copy = machine.all_to_all_bytes(4000.0, groups)
+    for_nodes = machine.all_to_all_bytes(4000.0, groups, copies=8)
+    assert for_nodes["node"] == each_copy["node"]
+    assert for_nodes["network"] == pytest.approx(rows_for_each_node(8, 2) * each_copy["network"])
+
+
+def test_a_rate_in_gigabits_is_refused():
+    with pytest.raises(ConfigError, match="gb_s is '400'"):
+        read_profile("2x8xA800", ["cluster.links.network.gb_s=400"])

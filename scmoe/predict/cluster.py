@@ -5,28 +5,26 @@ of KEYS; and, where it is known, of OPTIONAL:
 
     peak_tflops: {value: 165, source: datasheet}
 
-Sources say how far a value may be off (BANDS): it is multiplied or divided by up to this factor. A
-value that the user gives on the command line is taken as it is, and so are those of OPTIONAL.
+gb_s of a link is 10^9 bytes a second of one rank in one direction: a network card of 400 Gbit/s for
+each rank is 50. Sources say what to check first, and are printed with an advice:
 
     datasheet    what the vendor prints; that it is not reached is in the attained share
-    measured     on this machine, by `cluster=measure`
-    guess        a factor of 1.5 either way
-    given        on the command line; or by definition, as the attained share of a measured rate is
+    measured     on this machine, by `cluster=measure`, or in a public measurement
+    guess        nobody has measured it
+    given        on the command line
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from random import Random
 from typing import Any, NamedTuple
 
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import SHIPPED, find, mapping_of, parse_yaml, read_text
+from scmoe.predict.cluster_rates import Link, Machine
 
-BANDS = {"datasheet": 1.02, "measured": 1.1, "guess": 1.5, "given": 1.0}
 SOURCES = ("datasheet", "guess", "measured")
+KERNELS = ("eager", "fused")
 PRECISIONS = ("bf16-mixed", "bf16-true", "32-true")
 NETWORK = "links.network."
 
@@ -48,7 +46,9 @@ KEYS = {
     "links.node.gb_s": Allowed(1e-6, 1e5, "10^9 B/s of a rank in its node, one direction"),
     "links.node.attained": Allowed(0.001, 1.0, "share of gb_s that an exchange attains"),
     "links.node.latency_us": Allowed(0.0, 1e7, "microseconds of an exchange in a node, at 0 bytes"),
-    "links.network.gb_s": Allowed(1e-6, 1e5, "10^9 B/s of a rank between nodes, one direction"),
+    "links.network.gb_s": Allowed(
+        1e-6, 125.0, "10^9 B/s of a rank between nodes, one direction: Gbit/s over 8"
+    ),
     "links.network.attained": Allowed(0.001, 1.0, "share of gb_s that an exchange attains"),
     "links.network.latency_us": Allowed(
         0.0, 1e7, "microseconds of an exchange between nodes, at 0 bytes"
@@ -60,6 +60,9 @@ KEYS = {
     "copy": Allowed(0.0, 100.0, "the same for each routed copy of a token", 0.0),
     "tax": Allowed(0.0, 1.0, "what computation loses of the time of a transfer beside it", 0.0),
     "halves": Allowed(1.0, 10.0, "time of computing in two halves over that in one piece", 1.0),
+    "fixed_ms": Allowed(
+        0.0, 1e5, "milliseconds of a block with an MoE and a batch that the host adds", 0.0
+    ),
     "other_ms": Allowed(0.0, 1e8, "milliseconds of a step that no operator explains", 0.0),
 }
 
@@ -71,118 +74,19 @@ OPTIONAL = {
 
 
 class Value(NamedTuple):
-    """A number and where it is from: a key of BANDS."""
+    """A number and where it is from: one of SOURCES, or `given`."""
 
     value: float
     source: str
-
-
-class Link(NamedTuple):
-    """What a rank's link attains: bytes a second in one direction, and the seconds of a transfer
-    without bytes."""
-
-    rate: float
-    latency: float
-
-
-class Spread(NamedTuple):
-    """How many ranks of a group a node has, of all groups and nodes: at fewest and at most; and on
-    how many nodes a group is at most."""
-
-    fewest: int
-    most: int
-    nodes: int
-
-
-class Groups(NamedTuple):
-    """The groups that all ranks of a job are in. size: ranks of a group. distance: between its
-    neighbours, between which the other groups have theirs."""
-
-    size: int
-    ranks: int
-    distance: int = 1
-
-    def on_nodes(self, ranks_per_node: int) -> Spread:
-        return _spread(self, ranks_per_node)
-
-
-@cache
-def _spread(groups: Groups, ranks_per_node: int) -> Spread:
-    size, ranks, distance = groups
-    together = Counter(
-        (rank // (size * distance), rank % distance, rank // ranks_per_node)
-        for rank in range(ranks)
-    )
-    nodes = Counter((span, offset) for span, offset, _ in together)
-    return Spread(min(together.values()), max(together.values()), max(nodes.values()))
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a rank attains, in FLOP/s, B/s and seconds; factors as KEYS names them.
-
-    network: None where all ranks are on one node.
-    """
-
-    flops: float
-    memory: float
-    node: Link
-    network: Link | None
-    ranks_per_node: int
-    peer: float = 0.0
-    launch: float = 0.0
-    attention: float = 1.0
-    moe: float = 0.0
-    copy: float = 0.0
-    tax: float = 0.0
-    halves: float = 1.0
-    other: float = 0.0
-
-    def outside(self) -> Link:
-        assert self.network is not None, "the profile refuses more ranks than it has"
-        return self.network
-
-    def all_to_all_latency(self, groups: Groups) -> float:
-        """Return the seconds of an all-to-all without bytes."""
-        if groups.size == 1:
-            return 0.0
-        link = self.node if groups.on_nodes(self.ranks_per_node).nodes == 1 else self.outside()
-        return link.latency + self.peer * (groups.size - 1)
-
-    def all_to_all(self, nbytes: float, groups: Groups) -> float:
-        """Return the seconds of an all-to-all of every group.
-
-        nbytes: of a rank, what stays on it included. Bytes in the node and between nodes travel at
-        the same time.
-        """
-        if groups.size == 1:
-            return 0.0
-        return self.all_to_all_latency(groups) + max(self.all_to_all_bytes(nbytes, groups).values())
-
-    def all_to_all_bytes(self, nbytes: float, groups: Groups) -> dict[str, float]:
-        """Return the seconds of the bytes of an all-to-all by tier, each of the rank that sends
-        most over it."""
-        size, spread = groups.size, groups.on_nodes(self.ranks_per_node)
-        seconds = {"node": nbytes * (spread.most - 1) / size / self.node.rate}
-        if spread.nodes > 1:
-            seconds["network"] = nbytes * (size - spread.fewest) / size / self.outside().rate
-        return seconds
-
-    def all_reduce(self, nbytes: float, groups: Groups) -> float:
-        """Return the seconds in which a ring in each node, and one between nodes for each part,
-        sum a tensor; without latency, since tensors are summed in large buckets."""
-        fewest, most, nodes = groups.on_nodes(self.ranks_per_node)
-        seconds = 2 * nbytes * (most - 1) / most / self.node.rate
-        if nodes > 1:
-            seconds += 2 * nbytes / fewest * (nodes - 1) / nodes / self.outside().rate
-        return seconds
 
 
 @dataclass(frozen=True)
 class Profile:
     """A cluster with the sources of its values.
 
-    padding: as OPTIONAL has it; None: as the config's capacity has it. memory_gb: None: not known.
+    kernels: fused: what runs between two products is one kernel, half of a causal attention is
+    skipped, and weights are not cast for each batch, as tuned stacks have it. padding: as OPTIONAL
+    has it; None: as the config's capacity has it. memory_gb: None: not known.
     """
 
     name: str
@@ -190,6 +94,7 @@ class Profile:
     ranks: int
     ranks_per_node: int
     values: Mapping[str, Value]
+    kernels: str = "eager"
     padding: float | None = None
     memory_gb: float | None = None
 
@@ -202,10 +107,9 @@ class Profile:
     def guesses(self) -> list[str]:
         return [key for key, value in self.values.items() if value.source == "guess"]
 
-    def machine(self, values: Mapping[str, float] | None = None) -> Machine:
-        """Return the cluster's numbers. values: in place of its own."""
-        nominal = {key: value.value for key, value in self.values.items()}
-        numbers = nominal if values is None else {**nominal, **values}
+    def machine(self) -> Machine:
+        """Return the cluster's numbers."""
+        numbers = {key: value.value for key, value in self.values.items()}
         return Machine(
             flops=numbers["peak_tflops"] * 1e12 * numbers["attained"],
             memory=numbers["memory_gb_s"] * 1e9,
@@ -219,17 +123,10 @@ class Profile:
             copy=numbers["copy"],
             tax=numbers["tax"],
             halves=numbers["halves"],
+            fixed=numbers["fixed_ms"] * 1e-3,
             other=numbers["other_ms"] * 1e-3,
+            fused=self.kernels == "fused",
         )
-
-    def draw(self, random: Random) -> dict[str, float]:
-        """Return values within the bands of their sources, drawn uniformly in logarithms."""
-        drawn = {}
-        for key, value in self.values.items():
-            width = math.log(BANDS[value.source])
-            factor = math.exp(random.uniform(-width, width))
-            drawn[key] = scaled(key, value.value, factor)
-        return drawn
 
     def with_values(self, given: Mapping[str, float]) -> "Profile":
         """Return the profile with values that the user gives."""
@@ -240,14 +137,6 @@ class Profile:
 def _link(numbers: Mapping[str, float], prefix: str) -> Link:
     rate = numbers[f"{prefix}gb_s"] * 1e9 * numbers[f"{prefix}attained"]
     return Link(rate, numbers[f"{prefix}latency_us"] * 1e-6)
-
-
-def scaled(key: str, value: float, factor: float) -> float:
-    """Return a value times a factor, or the nearest one that the key may have. Of `halves`, the
-    excess over 1 is multiplied."""
-    least = 1.0 if key == "halves" else 0.0
-    number = least + (value - least) * factor
-    return min(max(number, KEYS[key].low), KEYS[key].high)
 
 
 # ---------------------------------------------------------------------- reading
@@ -285,6 +174,8 @@ def parse_profile(text: str, source: str, name: str) -> Profile:
         raise ConfigError(
             f"{source}: precision is {show(precision)}, allowed: {' | '.join(PRECISIONS)}"
         )
+    kernels = tree.pop("kernels", "eager")
+    check_kernels(kernels, source)
     optional = {
         key: _value(tree.pop(key), allowed, f"{source}: {key}").value
         for key, allowed in OPTIONAL.items()
@@ -297,6 +188,7 @@ def parse_profile(text: str, source: str, name: str) -> Profile:
         ranks,
         per_node,
         values,
+        kernels,
         padding=optional.get("padding"),
         memory_gb=optional.get("memory_gb"),
     )
@@ -361,16 +253,27 @@ def whole(text: Any, where: str) -> int:
 def overridden(profile: Profile, words: Sequence[str]) -> Profile:
     """Return the profile with the words cluster.KEY=NUMBER in it."""
     given = {}
+    kernels = profile.kernels
     optional = {"padding": profile.padding, "memory_gb": profile.memory_gb}
     for word in words:
         name, _, text = word.removeprefix("--").partition("=")
         key = name.removeprefix("cluster.")
+        if key == "kernels":
+            check_kernels(text, "command line: cluster")
+            kernels = text
+            continue
         if key in optional:
             optional[key] = number(text, OPTIONAL[key], f"command line: {name}")
             continue
         if key not in KEYS or (key not in profile.values and key.startswith(NETWORK)):
-            known = ", ".join([*profile.values, *OPTIONAL])
+            known = ", ".join([*profile.values, *OPTIONAL, "kernels"])
             raise ConfigError(f"command line: unknown key {name}, allowed: cluster. and {known}")
         given[key] = number(text, KEYS[key], f"command line: {name}")
-    profile = replace(profile, padding=optional["padding"], memory_gb=optional["memory_gb"])
-    return profile.with_values(given)
+    return replace(
+        profile, kernels=kernels, padding=optional["padding"], memory_gb=optional["memory_gb"]
+    ).with_values(given)
+
+
+def check_kernels(kernels: Any, source: str) -> None:
+    if kernels not in KERNELS:
+        raise ConfigError(f"{source}.kernels is {show(kernels)}, allowed: {' | '.join(KERNELS)}")

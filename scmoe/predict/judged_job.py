@@ -1,0 +1,278 @@
+"""The job that `scmoe advise` judges: a config on the ranks of a cluster, and its batches.
+
+The batch of a step is that of the config, data.global_batch_size, over all ranks. A preset has
+none, and gets TOKENS of a rank.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, key_of
+from scmoe.config.load import find, load, read_unchecked
+from scmoe.config.registry import IMAGES
+from scmoe.loads import BALANCED
+from scmoe.predict.cluster import Profile
+from scmoe.predict.timed_blocks import JobSizes
+from scmoe.training.assembly.rank_job import rank_job
+
+SET_BY_REQUEST = (  # keys of a config in whose place words of the request and the cluster count
+    "strategy.ep_size",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+)
+JUDGED = ("top_k", "shared_expert", "scmoe", "farskip")
+# of a rank in one step, where a preset of configs/model says no batch
+TOKENS = 16_384
+IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
+BATCHES = (1, 2, 4, 8, 16)  # into which these are divided where the device has too little memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job to be judged. None of ranks, ep_size, samples: all of the cluster, every number that
+    divides ranks and experts, and the config's.
+
+    samples: of a rank in one batch; with tensor parallelism, of the ranks that share a weight.
+    stage_layers: of a rank's stage of a pipeline; None: no pipeline. copies: expert: each copy of a
+    token travels; node: one row for each node does. wire: fp8: rows are dispatched in 8 bits.
+    prefill: a forward pass is judged, as of prompts, not a step. top1: is compared too.
+    """
+
+    config: str
+    overrides: Sequence[str] = ()
+    ranks: int | None = None
+    ep_size: int | None = None
+    samples: int | None = None
+    stage_layers: int | None = None
+    tensor_parallel: int = 1
+    copies: Literal["expert", "node"] = "expert"
+    wire: Literal["fp8"] | None = None
+    transfers_again: bool = False
+    prefill: bool = False
+    top1: bool = False
+    load: str = BALANCED
+
+
+class Job(NamedTuple):
+    """What all rows share. sizes: with an EP of 1. ep_sizes: that are tried. samples: of a rank in
+    one batch. seconds_of: a step of training, or one forward pass."""
+
+    config: Config
+    sizes: JobSizes
+    ep_sizes: tuple[int, ...]
+    samples: int
+    accumulate: int
+    tokens: int  # of all ranks in a step
+    knows_memory: bool
+    prefill: bool = False
+
+    @property
+    def tokens_of_batch(self) -> float:
+        """Of a rank."""
+        return self.tokens / (self.sizes.ranks * self.accumulate) * self.sizes.rows
+
+    def at(self, ep_size: int) -> JobSizes:
+        return self.sizes._replace(ep_size=ep_size)
+
+
+# ---------------------------------------------------------------------- the job
+
+
+def requests_of(request: Request) -> Iterator[Request]:
+    """Yield the request; for a preset, if neither samples nor trainer.accumulate are given, also
+    with its step in more batches."""
+    path = find(request.config)
+    given = {key_of(word) for word in request.overrides}
+    yield request
+    fixed = request.samples or request.prefill or "trainer.accumulate" in given
+    if not is_preset(path) or fixed:
+        return
+    samples = samples_of_preset(read_unchecked(path, request.overrides))
+    for batches in BATCHES[1:]:
+        if samples % batches == 0:
+            words = [*request.overrides, f"trainer.accumulate={batches}"]
+            yield replace(request, samples=samples // batches, overrides=words)
+
+
+def job_in_batches(request: Request, profile: Profile) -> Job:
+    """Return the job with the batches that a request says."""
+    path = find(request.config)
+    check_words(request, profile)
+    first = read_unchecked(path, request.overrides)
+    check(first)
+    ranks, stages = ranks_of_stage(request, profile, first)
+    groups = ranks // request.tensor_parallel  # each has its own samples
+    samples, accumulate = batches_of(request, path, first, groups)
+    node = min(ranks, profile.ranks_per_node)
+    words = [
+        f"trainer.precision={profile.precision}",
+        f"trainer.accelerator={'cpu' if profile.precision == '32-true' else 'gpu'}",
+        f"trainer.devices={node}",
+        f"trainer.num_nodes={ranks // node}",
+        f"trainer.accumulate={accumulate}",
+        f"strategy.ep_size={math.gcd(first.moe.num_experts, ranks)}",
+        # the ranks that share a weight count as having these samples each; JobSizes divides them
+        f"data.global_batch_size={ranks * samples * accumulate}",
+        "schedule.batches_in_flight=null",  # one and two are compared
+    ]
+    if request.stage_layers is not None:
+        words.append(f"model.layers={request.stage_layers}")
+    config = load(path, [*request.overrides, *words])
+    training = rank_job(config)
+    sent = (training.wire_bytes or training.compute_bytes) / training.compute_bytes
+    sizes = JobSizes(
+        ranks,
+        1,
+        sent=1 / training.compute_bytes if request.wire == "fp8" else sent,
+        received=sent,
+        tensor_parallel=request.tensor_parallel,
+        node_copies=config.moe.top_k if request.copies == "node" else None,
+        split=config.strategy.dense != "replicated",
+        transfers_again=request.transfers_again,
+        stages=stages,
+    )
+    tokens = 1 if config.model.family == "swin" else config.data.seq_len
+    return Job(
+        config,
+        sizes,
+        ep_sizes_of(request, config, ranks),
+        samples,
+        1 if request.prefill else accumulate,
+        tokens * samples * groups * (1 if request.prefill else accumulate),
+        # what a stage, split products or a prompt allocate is not estimated
+        knows_memory=stages == 1 and request.tensor_parallel == 1 and not request.prefill,
+        prefill=request.prefill,
+    )
+
+
+def check_words(request: Request, profile: Profile) -> None:
+    """Raise ConfigError for an override that the request or the cluster sets."""
+    given = {key_of(word) for word in request.overrides}
+    for key in SET_BY_REQUEST:
+        if key in given:
+            raise ConfigError(
+                f"command line: {key} is given, but ranks=N, ep=N and the cluster set it. Give"
+                " those alone."
+            )
+    if "schedule.batches_in_flight" in given:
+        raise ConfigError(
+            "command line: schedule.batches_in_flight is given, but advise compares one and two"
+            " batches in flight. Leave it out."
+        )
+    precision = f"trainer.precision={profile.precision}"
+    if "trainer.precision" in given and precision not in request.overrides:
+        raise ConfigError(
+            f"command line: trainer.precision is given, but the rates of cluster {profile.name} are"
+            f" those of {profile.precision}. Leave it out, or write a profile of another precision"
+        )
+
+
+def ranks_of_stage(request: Request, profile: Profile, config: Config) -> tuple[int, int]:
+    """Return the ranks of a stage of the pipeline, and the number of stages."""
+    ranks = request.ranks or profile.ranks
+    if ranks > profile.ranks:
+        raise ConfigError(
+            f"command line: ranks is {ranks}, allowed: up to {profile.ranks}, those of cluster"
+            f" {profile.name}"
+        )
+    layers = config.model.layers
+    stages = 1
+    if request.stage_layers is not None:
+        if layers % request.stage_layers or ranks % (layers // request.stage_layers):
+            raise ConfigError(
+                f"command line: stage_layers is {request.stage_layers}, allowed: a divisor of the"
+                f" {layers} layers whose number of stages divides the {ranks} ranks"
+            )
+        stages = layers // request.stage_layers
+    of_stage = ranks // stages
+    node = min(of_stage, profile.ranks_per_node)
+    if of_stage % node:
+        raise ConfigError(
+            f"command line: ranks is {ranks}, allowed: multiples of {node * stages}, the ranks of a"
+            " node for each stage"
+        )
+    if node % request.tensor_parallel:
+        raise ConfigError(
+            f"command line: tensor_parallel is {request.tensor_parallel}, allowed: divisors of"
+            f" {node}, the ranks of a node"
+        )
+    return of_stage, stages
+
+
+def batches_of(request: Request, path: Path, config: Config, groups: int) -> tuple[int, int]:
+    """Return the samples of a rank in one batch, and the batches of a step. groups: of ranks with
+    samples of their own."""
+    accumulate = config.trainer.accumulate
+    if accumulate < 1:
+        raise ConfigError(f"trainer.accumulate is {accumulate}, allowed: 1 or more")
+    if request.prefill:
+        return request.samples or 1, 1
+    if is_preset(path):
+        return request.samples or samples_of_preset(config), accumulate
+    whole = config.data.global_batch_size
+    if request.samples is None:
+        if whole % (groups * accumulate):
+            raise ConfigError(
+                f"data.global_batch_size is {whole}, which {groups} ranks cannot share in"
+                f" {accumulate} equal batches. Give a multiple of {groups * accumulate}, or"
+                " another trainer.accumulate."
+            )
+        return whole // (groups * accumulate), accumulate
+    if whole % (groups * request.samples):
+        raise ConfigError(
+            f"command line: samples is {request.samples}, but {groups} ranks cannot reach"
+            f" data.global_batch_size={whole} with it. Give a divisor of {whole / groups:g}, or"
+            " another data.global_batch_size."
+        )
+    return request.samples, whole // (groups * request.samples)
+
+
+def is_preset(path: Path) -> bool:
+    return path.parent.name == "model"
+
+
+def samples_of_preset(config: Config) -> int:
+    if config.data.name in IMAGES or config.model.family == "swin":
+        return IMAGES_OF_A_RANK
+    return max(1, TOKENS // config.data.seq_len)
+
+
+def ep_sizes_of(request: Request, config: Config, ranks: int) -> tuple[int, ...]:
+    """Return the numbers of ranks that may share the experts."""
+    common = math.gcd(config.moe.num_experts, ranks)
+    allowed = tuple(size for size in range(1, common + 1) if common % size == 0)
+    if request.ep_size is None:
+        return allowed
+    if request.ep_size not in allowed:
+        raise ConfigError(
+            f"command line: ep is {request.ep_size}, allowed:"
+            f" {' | '.join(map(str, allowed))}, the divisors of {config.moe.num_experts} experts"
+            f" and {ranks} ranks"
+        )
+    return (request.ep_size,)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a setting that the advice cannot honour."""
+    if config.trainer.compile:
+        raise ConfigError("advise: trainer.compile is true, allowed: false")
+    if config.strategy.dense not in ("replicated", "sharded"):
+        raise ConfigError(
+            f"advise: strategy.dense is {config.strategy.dense}, allowed: replicated | sharded"
+        )
+    if config.moe.rows == "buffers":
+        raise ConfigError("advise: moe.rows is buffers, allowed: auto | filled | slots")
+    if config.moe.architecture not in JUDGED:
+        raise ConfigError(
+            f"advise: moe.architecture is {config.moe.architecture}, allowed: {' | '.join(JUDGED)}"
+        )
+    if config.optim.name != "adamw":
+        raise ConfigError(
+            f"advise: optim.name is {config.optim.name}, allowed: adamw, as no other update is"
+            " simulated"
+        )

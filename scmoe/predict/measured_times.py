@@ -1,0 +1,182 @@
+"""What a user has measured of the job, as factors on computing and transfers (rows.Slowdown).
+
+measured_step_ms   seconds of a step of a known row. One number cannot say what was slow, so both
+                   answers are kept: all of the difference is computing, or all of it is transfers
+plan.json          of a run (planning/plan_file.py): the operators of each block, measured alone
+a trace            of torch's profiler, with the kernels of cards: those of all-to-all, and those
+                   that compute; both in a step. A transfer's kernel also waits for other ranks
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import read_text
+from scmoe.planning.plan_file import plan_from_json
+from scmoe.predict.advised_rows import Choice, Simulator, Slowdown
+from scmoe.predict.compared_models import Model
+from scmoe.predict.judged_job import Job
+from scmoe.schedule.play import TRANSFERS
+
+FACTORS = 0.05, 50.0  # between which a factor is looked for
+ALL_TO_ALL = ("sendrecv", "alltoall", "all_to_all")
+STEP = "ProfilerStep#"
+
+
+def known_choice(models: Sequence[Model], job: Job, ranks_per_node: int) -> tuple[Model, Choice]:
+    """Return the model of the job's own config, and how it ran when it was measured: in one chunk,
+    with one batch in flight; sequential, if it is the standard one. EP: the one that is given, else
+    the largest in a node, as a training has it."""
+    architecture = job.config.moe.architecture
+    position = job.config.moe.position if architecture == "scmoe" else None
+    model = models[0]
+    for each in models[1:]:
+        if (each.schedule.architecture, each.schedule.position) == (architecture, position):
+            model = each
+    ep_size = max(
+        size for size in job.ep_sizes if size <= ranks_per_node or size == job.ep_sizes[0]
+    )
+    return model, Choice(ep_size, model.schedule, sequential=model is models[0])
+
+
+def scales_of_step(
+    simulator: Simulator, model: Model, choice: Choice, seconds: float
+) -> list[Slowdown]:
+    """Return the scales with which a row's step takes these seconds: of computing alone, of
+    transfers alone. ConfigError: neither can explain it."""
+
+    def total(scale: Slowdown) -> float:
+        scaled = Simulator(simulator.machine, simulator.job, scale)
+        return scaled.step(model, choice).total
+
+    computing = solve(lambda factor: total(Slowdown(computing=factor)), seconds)
+    transfers = solve(lambda factor: total(Slowdown(transfers=factor)), seconds)
+    scales = []
+    if computing is not None:
+        scales.append(Slowdown(computing=computing))
+    if transfers is not None:
+        scales.append(Slowdown(transfers=transfers))
+    if not scales:
+        raise ConfigError(
+            f"command line: measured_step_ms is {1e3 * seconds:g}, but the step is predicted as"
+            f" {1e3 * total(Slowdown()):.4g} ms, and no factor from {FACTORS[0]} to {FACTORS[1]} on"
+            " computing or transfers explains that. Check samples, ep and the cluster."
+        )
+    return scales
+
+
+def solve(f: Callable[[float], float], wanted: float) -> float | None:
+    """Return the factor at which a growing function has a value; None: it is at none."""
+    low, high = FACTORS
+    if not f(low) <= wanted <= f(high):
+        return None
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        if f(middle) < wanted:
+            low = middle
+        else:
+            high = middle
+    return (low * high) ** 0.5
+
+
+def scale_of_file(path: Path, simulator: Simulator, model: Model, choice: Choice) -> Slowdown:
+    """Return the scale that a file says. model, choice: that were measured. ConfigError: it is
+    neither a plan nor a trace of cards."""
+    content = parse(path)
+    if "layers" in content:
+        return scale_of_plan(content, path, simulator, model, choice)
+    if "traceEvents" in content:
+        computing, transfers = seconds_of_trace(content["traceEvents"], path)
+        blocks, _ = simulator.blocks(model, choice.ep_size)
+        step = simulator.step(model, choice)
+        predicted = simulator.job.accumulate * sum(
+            times[operator]
+            for block in blocks
+            for times in (block.times.forward, block.times.backward)
+            for operator in TRANSFERS
+        )
+        of_transfers = transfers / predicted if predicted else 1.0
+        return Slowdown(computing / (step.computing + step.update), of_transfers)
+    raise ConfigError(f"measured is {path}, allowed: a plan.json of a run, or a profiler's trace")
+
+
+def parse(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"measured is {path}, which cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def scale_of_plan(
+    plan: Mapping[str, Any], path: Path, simulator: Simulator, model: Model, choice: Choice
+) -> Slowdown:
+    """Return the measured seconds of a plan's operators over the predicted ones."""
+    try:
+        measured = plan_from_json(plan)
+    except ValueError as error:
+        raise ConfigError(f"measured is {path}, but {error}") from error
+    blocks, _ = simulator.blocks(model, choice.ep_size)
+    if len(blocks) != len(measured) or any(
+        layer.schedule.architecture != block.schedule.architecture
+        for layer, block in zip(measured, blocks, strict=False)
+    ):
+        raise ConfigError(
+            f"measured is {path}, whose {len(measured)} blocks are not those of this config. Give"
+            " the plan of a run of the same model."
+        )
+    sums = {"measured": [0.0, 0.0], "predicted": [0.0, 0.0]}
+    for layer, block in zip(measured, blocks, strict=True):
+        times = layer.times[min(layer.times)]
+        for known, predicted in (
+            (times.forward, block.times.forward),
+            (times.backward, block.times.backward),
+        ):
+            for operator in known.keys() & predicted.keys():
+                kind = operator in TRANSFERS
+                sums["measured"][kind] += known[operator]
+                sums["predicted"][kind] += predicted[operator]
+    computing, transfers = (
+        mine / theirs if theirs else 1.0
+        for mine, theirs in zip(sums["measured"], sums["predicted"], strict=True)
+    )
+    return Slowdown(computing, transfers)
+
+
+def seconds_of_trace(events: Sequence[Mapping[str, Any]], path: Path) -> tuple[float, float]:
+    """Return the seconds of a step in which a card computes, and in which an all-to-all runs."""
+    steps = {event["name"] for event in events if event.get("name", "").startswith(STEP)}
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    if not (steps and kernels):
+        raise ConfigError(
+            f"measured is {path}, which has {len(steps)} steps and {len(kernels)} kernels of a"
+            " card. Record whole steps on a card with torch.profiler.profile(schedule=...)."
+        )
+    exchanges = [each for each in kernels if is_all_to_all(each["name"])]
+    computing = [each for each in kernels if "nccl" not in each["name"].lower()]
+    return covered_s(computing) / len(steps), covered_s(exchanges) / len(steps)
+
+
+def is_all_to_all(name: str) -> bool:
+    return any(word in name.lower() for word in ALL_TO_ALL)
+
+
+def covered_s(events: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds in which at least one of some events runs; theirs are microseconds."""
+    return 1e-6 * sum(end - start for start, end in merged(events))
+
+
+def merged(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Yield the times in which at least one event runs, without gaps or overlap."""
+    now: tuple[float, float] | None = None
+    for start, end in sorted((each["ts"], each["ts"] + each["dur"]) for each in events):
+        if now is not None and start <= now[1]:
+            now = now[0], max(now[1], end)
+            continue
+        if now is not None:
+            yield now
+        now = start, end
+    if now is not None:
+        yield now
