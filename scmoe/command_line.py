@@ -43,6 +43,7 @@ VERBS = {
     "params": "count the parameters of presets and architectures",
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, or count one step of it, without starting it",
+    "conform": "ask an expert-parallel layer of your own whether it is right",
     "advise": "say whether a shortcut would pay on a cluster, by simulation",
     "bench": "measure overlap, inference, a training on a slow network, the layer",
     "gpu-check": "check everything on one GPU, in nine minutes",

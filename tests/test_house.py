@@ -51,6 +51,7 @@ LIBRARY = (
     "scmoe/loads.py",
     "scmoe/predict",
     "scmoe/runs",
+    "scmoe/conform",
     "scmoe/hf.py",
     "scmoe/__init__.py",
     "scmoe/command_line.py",
@@ -93,6 +94,7 @@ ONLY_IN = {  # outer module: where it may be used
         "scmoe/api.py",
         "scmoe/runs/evaluate/scoring.py",
         "scmoe/predict/",
+        "scmoe/conform/",
         "experiments/",
     ),
     "lightning": ("scmoe/lightning/", "scmoe/training/", "datamodules/", "experiments/"),
@@ -102,6 +104,7 @@ ONLY_IN = {  # outer module: where it may be used
         "scmoe/training/run/",
         "scmoe/files.py",
         "scmoe/sweeps/",
+        "scmoe/conform/rank_pool.py",
         "experiments/",
     ),
     "os.getenv": (),
@@ -112,7 +115,10 @@ ONLY_IN = {  # outer module: where it may be used
     "rich.console.Console": ("scmoe/", "datamodules/"),
 }
 ONCE = {  # what exists in one place: a pattern, and the files where it may stand
-    r"\bDistributedDataParallel\(": ("scmoe/parallel/update/wrap.py",),
+    r"\bDistributedDataParallel\(": (
+        "scmoe/parallel/update/wrap.py",
+        "experiments/conform/st_moe.py",  # another library, as its users train it
+    ),
     r"\bfully_shard\(": ("scmoe/parallel/dense/sharded.py",),
     r'"data_offsets": ': ("scmoe/files.py",),
     r"\bos\.(replace|rename)\(|\bpartial\.replace\(": (

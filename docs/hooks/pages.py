@@ -53,6 +53,7 @@ PYTHON = {  # pages of the Python reference: what each package is for
     "runs": (
         "What is done with a finished run: generate, evaluate, export, compare, one HTML page."
     ),
+    "conform": "Questions to other people's expert-parallel layers.",
     "sweeps": "Sweeps on this machine: files, search, trials; batches of trainings.",
 }
 

@@ -1,0 +1,122 @@
+"""What `scmoe conform` prints and returns, and the other ways in: a pair, ranks that share tokens,
+bfloat16."""
+
+import io
+import json
+from contextlib import redirect_stdout
+
+import pytest
+
+from experiments.engine.ranks import PRELOADED, run_ranks
+from scmoe.cli import conform
+from scmoe.command_line import call
+from scmoe.conform.exam import ALONE, Exam, pools_of
+from scmoe.conform.questions import FIRST, NAMES
+from tests.support.pages import ROOT
+
+pytestmark = pytest.mark.ranks
+
+LAYERS = ROOT / "tests/support/wrong_layers.py"
+PASS = [question.name for question in FIRST]
+
+
+@pytest.fixture(scope="module")
+def pools():
+    pools = pools_of([ALONE, "2", "2x2"], PRELOADED)
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+def ask(pools, source, questions, dtype="float64", places=("2",), limit_s=60.0):
+    exam = Exam(source, dtype, pools, places, questions, limit_s, lambda *_: None)
+    answers = exam.run()
+    return {name: {p: a.answer for p, a in of.items()} for name, of in answers.items()}
+
+
+def test_a_pair_is_asked_with_experts_that_are_the_identity(pools):
+    named = [name for name in PASS if name not in ("dense gradients", "expert gradients")]
+    answers = ask(pools, f"pair:{LAYERS}:pair", named, places=(ALONE, "2", "2x2"))
+    assert {a for of in answers.values() for a in of.values()} == {"passed"}
+    wrong = ask(pools, f"pair:{LAYERS}:detached_pair", named)
+    assert [name for name in wrong if wrong[name]["2"] == "failed"] == [
+        "input gradients",
+        "router gradients",
+    ]
+
+
+def test_ranks_that_share_tokens(pools):
+    answers = ask(pools, f"{LAYERS}:shared", [*PASS, "unequal tokens"], places=("2", "2x2"))
+    unequal = answers.pop("unequal tokens")
+    assert {a for of in answers.values() for a in of.values()} == {"passed"}
+    assert unequal == {"2": "not asked", "2x2": "passed"}
+
+
+def test_bfloat16_is_measured_by_its_own_spread(pools):
+    right = ask(pools, f"{LAYERS}:make", PASS, "bfloat16")
+    assert {a for of in right.values() for a in of.values()} == {"passed"}
+    wrong = ask(pools, f"{LAYERS}:expert gradients not divided", PASS, "bfloat16")
+    assert [name for name in wrong if wrong[name]["2"] != "passed"] == ["expert gradients"]
+
+
+def test_a_rank_that_raises_costs_its_question_alone(pools):
+    answers = ask(pools, f"{LAYERS}:raises on a rank", ["outputs"])
+    assert answers == {"outputs": {"2": "crashed"}}
+    assert ask(pools, f"{LAYERS}:make", ["outputs"]) == {"outputs": {"2": "passed"}}
+
+
+def asked(capfd, monkeypatch, *words):
+    """Return the exit code, the JSON and standard error of the command."""
+    monkeypatch.setattr(conform, "PRELOADED", PRELOADED)
+    code = call("conform", *words)
+    out, err = capfd.readouterr()
+    return code, json.loads(out.splitlines()[-1]) if out else None, err
+
+
+def test_the_command_prints_a_table_and_json_and_a_script_that_shows_the_failure(
+    capfd, monkeypatch
+):
+    layer = f"{LAYERS}:expert gradients not divided"
+    words = ("--ranks", "2", "--questions", "outputs", "expert gradients")
+    code, report, err = asked(capfd, monkeypatch, layer, *words)
+    assert code == 1 and not report["passed"]
+    outputs, gradients = (report["questions"][name]["2"] for name in words[3:])
+    assert outputs == {"answer": "passed", "ratio": None}
+    assert gradients["answer"] == "failed" and gradients["ratio"] == pytest.approx(2)
+    assert "expert gradient/0/gate, rank 0, element [0, 0]" in gradients["why"]
+    assert gradients["why"] in " ".join(err.split())
+
+    script = report["reproducers"]["expert gradients"]
+    assert "--nproc-per-node=2" in script
+    printed = "".join(run_ranks(output_of, 2, script))
+    wrong, right = (float(word) for word in printed.split() if word[0] in "-0123456789")
+    assert wrong == pytest.approx(2 * right)
+
+
+def output_of(rank: int, world_size: int, script: str) -> str:
+    """Return what a script prints on this rank."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        exec(script, {})
+    return out.getvalue()
+
+
+def test_a_layer_that_is_right_ends_with_0(capfd, monkeypatch):
+    code, report, _ = asked(
+        capfd, monkeypatch, f"{LAYERS}:make", "--ranks", "2", "--questions", "outputs"
+    )
+    assert code == 0 and report["passed"]
+
+
+def test_what_does_not_exist_is_refused(capfd, monkeypatch):
+    for words in (["nowhere.py:make"], [f"{LAYERS}"], [f"{LAYERS}:make", "--questions", "none"]):
+        code, _, err = asked(capfd, monkeypatch, *words)
+        assert code == 2 and err.startswith("error: ")
+    assert NAMES[0] in err
+
+
+def test_a_file_that_cannot_be_imported_ends_at_once(capfd, monkeypatch, tmp_path):
+    broken = tmp_path / "broken_layer.py"
+    broken.write_text("import nowhere\n", encoding="utf-8")
+    code, _, err = asked(capfd, monkeypatch, f"{broken}:make", "--ranks", "1")
+    assert code == 2 and "No module named 'nowhere'" in err
