@@ -1,0 +1,48 @@
+"""The table of docs/conform.md: questions by libraries, from docs/results/conform/.
+
+python -m experiments.conform.answers_table prints it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.conform.libraries import LIBRARIES, RESULTS
+from scmoe.conform.questions import NAMES
+from scmoe.report import markdown_table
+
+SHORT = {"passed": "yes", "not asked": "–", "crashed": "**crash**", "timed out": "**hangs**"}
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Return the reports in the order of the columns."""
+    paths = {name: Path(RESULTS, f"{name}.json") for name in LIBRARIES}
+    return {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name, path in paths.items()
+        if path.exists()
+    }
+
+
+def table_lines() -> list[str]:
+    """Return the lines of the table, in Markdown."""
+    reports = results().values()
+    rows = [[name, *(cell(report["questions"][name]) for report in reports)] for name in NAMES]
+    return markdown_table(["", *(report["title"] for report in reports)], rows)
+
+
+def cell(of_places: dict[str, dict[str, Any]]) -> str:
+    """Return the worst answer of all numbers of ranks, a failure before a pass, and its ratio on
+    the fewest ranks."""
+    entries = of_places.values()
+    for entry in entries:
+        if entry["answer"] == "failed":
+            return "**no**" if entry["ratio"] is None else f"**no**, {entry['ratio']:.3g}"
+    for answer in ("crashed", "timed out", "passed", "not asked"):
+        if any(entry["answer"] == answer for entry in entries):
+            return SHORT[answer]
+    raise AssertionError("a question has an answer on each number of ranks")
+
+
+if __name__ == "__main__":
+    print("\n".join(table_lines()))
