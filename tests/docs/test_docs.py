@@ -205,7 +205,8 @@ INLINE = {
     text for page in GUIDES for text in code(page) if re.match(r"(make|scmoe) [a-z-]+ .*\w", text)
 }
 NO_VERB = re.compile(r"make (setup|test|docs|wheel-test)\b|.*docs/examples/")
-NO_FIELD = ("ep", "dp", "ranks", "samples", "step", "stage_layers", "tensor_parallel")  # words of a verb
+# words of a verb
+NO_FIELD = ("ep", "dp", "ranks", "samples", "step", "stage_layers", "tensor_parallel")
 OF_ADVISE = r"(cluster|load|measured\w*|copies|wire|prefill|repeat_transfers|top1)[.=]"
 TAKES_A_CONFIG = ("train", "estimate", "advise", "check-data")
 FREE = ("options.", "callbacks.", "schedule")  # mappings, and schedule=auto

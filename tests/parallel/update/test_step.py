@@ -1,4 +1,5 @@
-"""All callers of a step give the gradients of one process."""
+"""The step of the benches gives the gradients of one process; tests/conform/test_own.py asks the
+Strategy and `data_parallel`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import scmoe
@@ -17,7 +17,6 @@ from scmoe.parallel.mesh import Mesh, build_mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
-from tests.support.trainings import users_trainer
 
 DIM, EXPERTS, RANKS = 8, 4, 2
 pytestmark = pytest.mark.ranks
@@ -44,20 +43,6 @@ class Model(nn.Module):
         return y_BSD.square().mean() + 0.1 * scmoe.load_balance_loss([stats], self.group)
 
 
-class Module(LightningModule):
-    def configure_model(self) -> None:
-        self.model = Model(self.wire)
-
-    def training_step(self, x_BSD: Tensor, _: int) -> Tensor:
-        return self.model(x_BSD)
-
-    def on_before_optimizer_step(self, optimizer: object) -> None:
-        self.found = gradients(self.model)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients by name; of experts those that this rank holds."""
     return {
@@ -74,36 +59,27 @@ def batch() -> Tensor:
     )
 
 
-def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
-    x_BSD, module = batch()[rank], Module()
-    trainer = users_trainer(world_size, scmoe.ExpertParallelStrategy(), max_steps=1)
-    trainer.fit(module, torch.utils.data.DataLoader([x_BSD], batch_size=None))
-    found = {"Strategy": module.found}
-    model = Model(dist.group.WORLD)
-    ddp = scmoe.data_parallel(model, dist.group.WORLD)
-    ddp(x_BSD).backward()
-    found["data_parallel"] = gradients(model)
+def of_the_benches(rank: int, world_size: int) -> dict[str, Tensor]:
+    dist.init_process_group("gloo")
     wire = Wire(build_mesh(world_size, torch.device("cpu"), timedelta(seconds=60)))
     model = Model(wire)
     wrapped = wrap(model, wire.mesh)
     step = Step(wrapped, wire.mesh)
-    step.backward(step.model(x_BSD))
-    found["Step"] = gradients(model)
+    step.backward(step.model(batch()[rank]))
+    found = gradients(model)
     wrapped.close()
     return found
 
 
-def test_all_callers_give_the_gradients_of_one_process():
+def test_the_step_of_the_benches_gives_the_gradients_of_one_process():
     model = Model()
     step = Step(Wrapped(model, 1), Mesh())
     step.backward(step.model(batch().flatten(0, 1)))
     expected = gradients(model)
-    of_ranks = run_ranks(of_all_callers, RANKS)
-    for rank, callers in enumerate(of_ranks):
-        for caller, found in callers.items():
-            assert found.keys() == expected.keys(), caller
-            for name, gradient in found.items():
-                whole = expected[name]
-                if gradient.shape != whole.shape:  # this rank's experts
-                    whole = whole.chunk(RANKS)[rank]
-                assert torch.allclose(gradient, whole, rtol=1e-10, atol=1e-12), f"{caller}: {name}"
+    for rank, found in enumerate(run_ranks(of_the_benches, RANKS)):
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            whole = expected[name]
+            if gradient.shape != whole.shape:  # this rank's experts
+                whole = whole.chunk(RANKS)[rank]
+            assert torch.allclose(gradient, whole, rtol=1e-10, atol=1e-12), name
