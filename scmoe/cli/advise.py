@@ -24,11 +24,7 @@ CHOICES = {  # words with a set of values, the first one is the default
     "prefill": ("false", "true"),
     "top1": ("false", "true"),
 }
-STEPS = {
-    "two_batches": "two batches",
-    "shared_expert": "shared expert",
-    "shortcut": "shortcut",
-}
+STEPS = {"two_batches": "two batches", "shared_expert": "shared expert", "shortcut": "shortcut"}
 COLUMNS = {
     "EP": "{ep}",
     "runs as": "{way}",

@@ -61,7 +61,8 @@ def main(*presets: str) -> None:
 def rows(preset: str) -> dict[str, str]:
     """Return the architectures in which a preset is counted, each with its overrides."""
     moe = load(f"configs/model/{preset}.yaml").moe
-    return COUNTED_ARCHITECTURES if moe.router == "softmax" else {moe.architecture: ""}
+    is_paper_s = moe.router == "softmax" and moe.architecture == "scmoe"
+    return COUNTED_ARCHITECTURES if is_paper_s else {moe.architecture: ""}
 
 
 def count(preset: str, words: str) -> dict[str, int]:

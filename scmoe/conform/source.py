@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.extras import require
+from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
 from scmoe.conform import of_transformers, pair
 from scmoe.conform.adapter import Make
