@@ -26,7 +26,7 @@ class Expert(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-class Layer(nn.Module):
+class DeepSpeedLayer(nn.Module):
     def __init__(self, ep_size: int) -> None:
         super().__init__()
         self.projection = nn.Linear(DIM, DIM, bias=False)
@@ -47,7 +47,7 @@ class Layer(nn.Module):
 
 
 def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
-    layer = Layer(group.ep_size).to(dtype)
+    layer = DeepSpeedLayer(group.ep_size).to(dtype)
     own = layer.moe.deepspeed_moe.experts.deepspeed_experts
     ids = group.experts(EXPERTS)
     with torch.no_grad():

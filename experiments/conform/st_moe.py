@@ -17,7 +17,7 @@ NAMES = {"net.0.weight": Packed("up", "gate"), "net.2.weight": Packed("down")}
 WIDTH_RATIO = 2.25  # 24 hidden features of 16
 
 
-class Layer(nn.Module):
+class StMoeLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.projection = nn.Linear(DIM, DIM, bias=False)
@@ -38,7 +38,7 @@ class Layer(nn.Module):
 def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
     if group.ep_size < group.size:
         raise NotAsked("the layer shares its experts among all ranks")
-    layer = Layer().to(dtype)
+    layer = StMoeLayer().to(dtype)
     all_experts = layer.moe.experts.experts
     with torch.no_grad():
         layer.projection.weight.copy_(weights.projection)

@@ -3,7 +3,7 @@ experts' reducer.
 
     replicated dense weights   DDP averages their gradients, ExpertGradientReducer those of the
                                experts (expert_gradients.py)
-    split dense weights        FSDP2 gathers all weights and sums all gradients (sharded.py)
+    split dense weights        FSDP2 gathers all weights and sums all gradients (dense/sharded.py)
 
 After backward every gradient is that of the mean of the ranks' losses.
 """

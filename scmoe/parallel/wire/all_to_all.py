@@ -10,6 +10,9 @@ Of the nodes that are ready, the autograd engine runs the one created last. Afte
 wait` in forward, it launches the gradient's transfer before the work's backward and waits for it
 afterwards. A single node would launch and wait at the same place.
 
+The gradients of rows that other ranks have sent arrive at the rank that holds their expert, so its
+backward sums the expert's gradients over the group.
+
 Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by
 rank. They arrive grouped by (sender, local expert) and are regrouped by local expert after the
 wait. The host knows how many rows travel, or rows are in buffers of fixed size and their numbers
