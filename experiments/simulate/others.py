@@ -1,5 +1,6 @@
 """`scmoe simulate others`: measurements of other people's clusters (docs/results/others.yaml), each
-predicted as `scmoe advise` predicts a job, with the way of running that was measured.
+predicted as `scmoe advise` predicts a job, with the way of running that was measured. Beyond that,
+stages that take turns (interleaved pipelines) wait less, and products in 8 bits are faster.
 
 A cell is a ratio of two measured times. Beside each prediction stands the null: the mean of the
 other cells of its kind. An interval is so wide that 90 % of the *other* cells of the kind are
@@ -150,7 +151,7 @@ def step_of(run: Mapping[str, Any]) -> float:
         choice = Choice(choice.ep_size, replace(model.schedule, chunks=int(run["chunks"])))
     step = Simulator(profile.machine(), job).step(model, choice)
     virtual = int(run.get("virtual_stages") or 1)
-    return step.total - step.other * (1 - 1 / virtual)
+    return step.total - (step.other - profile.machine().other) * (1 - 1 / virtual)
 
 
 COUNTED: list[tuple[Any, Model]] = []

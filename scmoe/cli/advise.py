@@ -114,7 +114,10 @@ class AskedAdvice:
                 "command line: measured and measured_step_ms are both given. Give one of the two."
             )
         if self.named["measured"] and not Path(self.named["measured"]).is_file():
-            raise ConfigError(f"measured is {self.named['measured']}, which is no file")
+            raise ConfigError(
+                f"measured is {self.named['measured']}, which is not a file. Give a plan.json or a"
+                " profiler's trace."
+            )
         from scmoe.config.load import read_unchecked
 
         read_unchecked(config, self.overrides)
@@ -170,7 +173,7 @@ class AskedAdvice:
             models = models_for(job, self.profile, request.load, request.top1)
             status.update(f"playing steps with EP {', '.join(map(str, job.ep_sizes))}")
             scales = self.scales(job, models)
-            advice = advise(models, self.profile, job, scales)
+            advice = advise(models, self.profile, job, scales, bool(self.named["measured"]))
         return facts_of(self, job, advice, scales)
 
     def scales(self, job: "Job", models: Sequence[Any]) -> "list[Slowdown]":
@@ -183,7 +186,14 @@ class AskedAdvice:
         simulator = Simulator(self.profile.machine(), job)
         model, choice = known_choice(models, job, self.profile.ranks_per_node)
         if self.measured_s:
-            return scales_of_step(simulator, model, choice, self.measured_s)
+            scales = scales_of_step(simulator, model, choice, self.measured_s)
+            # no machine is faster than its datasheet
+            possible = [
+                scale
+                for scale in scales
+                if all(share <= 1 for share in implied_by(scale, self.profile).values())
+            ]
+            return possible or scales
         return [scale_of_file(Path(self.named["measured"]), simulator, model, choice)]
 
 
@@ -209,6 +219,8 @@ def facts_of(
     asked: AskedAdvice, job: "Job", advice: "Advice", scales: "Sequence[Slowdown]"
 ) -> dict[str, Any]:
     """Return an advice as JSON."""
+    from scmoe.predict.advise import tokens_of_batch
+
     profile = asked.profile
     return {
         "job": {
@@ -218,7 +230,7 @@ def facts_of(
             "tokens": job.tokens,
             "samples": job.samples,
             "batches": job.accumulate,
-            "tokens_of_batch": job.tokens_of_batch,
+            "tokens_of_batch": tokens_of_batch(advice.rows[advice.standard].model, job),
             "load": asked.named["load"],
             "prefill": job.prefill,
         },

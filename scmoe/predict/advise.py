@@ -86,18 +86,22 @@ class Advice:
 
 
 def advise(
-    models: Sequence[Model], profile: Profile, job: Job, scales: Sequence[Slowdown] = (AS_IT_IS,)
+    models: Sequence[Model],
+    profile: Profile,
+    job: Job,
+    scales: Sequence[Slowdown] = (AS_IT_IS,),
+    operators_measured: bool = False,
 ) -> Advice:
     """Return the advice. models: the standard one first. scales: what a measurement says of the
-    machine; of several, each is possible, the first one most."""
+    machine; of several, each is possible, the first one most. operators_measured: computing and
+    transfers were measured apart."""
     standard = models[0].name
-    measured = tuple(scales) != (AS_IT_IS,)
     each_rows = [
         best_rows(models, Simulator(profile.machine(), job, scale), profile.memory)
         for scale in scales
     ]
-    few = FEW_ERROR * max(0.0, 1 - job.tokens_of_batch / FEW_TOKENS)
-    errors = Errors(few, MEASURED_ERROR if measured else CELL_ERROR)
+    few = FEW_ERROR * max(0.0, 1 - tokens_of_batch(models[0], job) / FEW_TOKENS)
+    errors = Errors(few, MEASURED_ERROR if operators_measured else CELL_ERROR)
     verdicts = [verdict_of(rows, standard, errors) for rows in each_rows]
     verdict = {
         name: VerdictStep(
@@ -113,6 +117,11 @@ def advise(
     }
     rows = each_rows[0]
     return Advice(rows, verdict, what_to_do(rows, verdict, standard, profile, job), standard)
+
+
+def tokens_of_batch(model: Model, job: Job) -> float:
+    """Return the tokens, or patches, that a rank routes in a batch."""
+    return model.costs.tokens * job.sizes.rows / job.sizes.tensor_parallel
 
 
 def verdict_of(
@@ -166,7 +175,11 @@ def what_to_do(
             " trainer.recompute=true."
         )
     first = rows[standard]
-    ep_size = first.choice.ep_size
+    chosen = standard
+    for step in verdict.values():
+        if step.answer == "pays":
+            chosen = step.row
+    ep_size = rows[chosen].choice.ep_size
     inside = ep_size <= profile.ranks_per_node < job.sizes.ranks
     where = f"Keep EP {ep_size} in the node" if inside else f"Use EP {ep_size}"
     if ep_size == 1:
@@ -179,11 +192,14 @@ def what_to_do(
                 " this prediction, and measured_step_ms=MS or measured=FILE decides what it is"
                 " worth to hide that."
             )
-        return f"{where}: ranks wait for rows in {first.waits:.0%} of a step, so little is to gain."
+        because = "so little is to gain" if first.waits < LITTLE else "but no way hides it"
+        return f"{where}: ranks wait for rows in {first.waits:.0%} of a step, {because}."
     advice = []
     if steps["two_batches"] == "pays":
-        way = verdict["two_batches"].row
-        advice.append(f"run the standard model as {way}, which needs no other model")
+        row = rows[verdict["two_batches"].row]
+        in_chunks = row.choice.batches_in_flight == 1
+        way = "in chunks" if in_chunks else "with two batches in flight"
+        advice.append(f"run the standard model {way}, which needs no other model")
     if steps["shared_expert"] == "pays":
         advice.append("replace one routed copy by a shared expert, if its quality is as good")
     if steps["shortcut"] == "pays":

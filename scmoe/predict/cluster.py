@@ -84,8 +84,8 @@ class Value(NamedTuple):
 class Profile:
     """A cluster with the sources of its values.
 
-    kernels: fused: what runs between two products is one kernel, half of a causal attention is
-    skipped, and weights are not cast for each batch, as tuned stacks have it. padding: as OPTIONAL
+    kernels: fused: what runs between two products is one kernel, and weights are not
+    cast for each batch, as tuned stacks have it. padding: as OPTIONAL
     has it; None: as the config's capacity has it. memory_gb: None: not known.
     """
 

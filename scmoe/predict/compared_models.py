@@ -87,8 +87,10 @@ def models_for(job: Job, profile: Profile, load: str, top1: bool = False) -> lis
     top1: whether it is compared."""
     config = job.config
     routing = load_of(load)
+    shared_dim = shared_width(config)
+    stages = job.sizes.stages
     return [
-        counted_model(name, replace(config, moe=moe), profile, routing, shared_width(config))
+        counted_model(name, replace(config, moe=moe), profile, routing, shared_dim, stages)
         for name, moe in architectures(config.moe, ffn_dim_of(config))
         if name != "top1" or top1
     ]
@@ -147,10 +149,10 @@ def shared_width(config: Config) -> int | None:
 
 
 def counted_model(
-    name: str, config: Config, profile: Profile, routing: Load, shared_dim: int | None
+    name: str, config: Config, profile: Profile, routing: Load, shared_dim: int | None, stages: int
 ) -> Model:
     """Return the architecture of a config, counted. shared_dim: hidden width of its shared experts,
-    if it is not the config's."""
+    if it is not the config's. stages: of the pipeline of which the config is one."""
     moe = config.moe
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
     usual = replace(config, schedule=replace(schedule, batches_in_flight=None))
@@ -158,8 +160,8 @@ def counted_model(
     slots = (
         moe.capacity_factor if rows_are_padded(config) else None
     )  # that travel, over fair shares
-    whole = build_on_meta(usual, shared_dim)
-    routers = [block.moe.router for block in moe_blocks_of(whole)]
+    full_model = build_on_meta(usual, shared_dim)
+    routers = [block.moe.router for block in moe_blocks_of(full_model)]
 
     @cache
     def loads(ep_size: int) -> Loads | None:
@@ -172,7 +174,7 @@ def counted_model(
     model = build_on_meta(counted, shared_dim)
     costs = count(model, training, batch, 1 if in_slots else batches_of_even_rows(model, training))
     names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
-    of_architecture = memory_of(whole, moe.architecture, training)
+    of_architecture = memory_of(full_model, moe.architecture, training)
 
     @cache
     def memory(ep_size: int, chunks: int, batches: int, whole: bool) -> float:
@@ -181,7 +183,9 @@ def counted_model(
         samples = training.samples * (2 if whole else 1)
         return of_architecture(ep_size, chunks, batches, samples, busiest_rows)
 
-    flops = sum(forward_flops(whole, training.seq_len, empty_slots=False).values())
+    by_kind = forward_flops(full_model, training.seq_len, empty_slots=False)
+    by_kind["head"] = by_kind.get("head", 0.0) / stages  # one stage of a pipeline has it
+    flops = sum(by_kind.values())
     return Model(name, costs, names[moe.architecture], flops, memory, loads)
 
 

@@ -60,7 +60,7 @@ class Request:
 
 class Job(NamedTuple):
     """What all rows share. sizes: with an EP of 1. ep_sizes: that are tried. samples: of a rank in
-    one batch. seconds_of: a step of training, or one forward pass."""
+    one batch. prefill: a forward pass is judged, not a step."""
 
     config: Config
     sizes: JobSizes
@@ -70,11 +70,6 @@ class Job(NamedTuple):
     tokens: int  # of all ranks in a step
     knows_memory: bool
     prefill: bool = False
-
-    @property
-    def tokens_of_batch(self) -> float:
-        """Of a rank."""
-        return self.tokens / (self.sizes.ranks * self.accumulate) * self.sizes.rows
 
     def at(self, ep_size: int) -> JobSizes:
         return self.sizes._replace(ep_size=ep_size)
@@ -90,7 +85,7 @@ def requests_of(request: Request) -> Iterator[Request]:
     given = {key_of(word) for word in request.overrides}
     yield request
     fixed = request.samples or request.prefill or "trainer.accumulate" in given
-    if not is_preset(path) or fixed:
+    if not says_no_batch(request, path) or fixed:
         return
     samples = samples_of_preset(read_unchecked(path, request.overrides))
     for batches in BATCHES[1:]:
@@ -105,6 +100,11 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
     check_words(request, profile)
     first = read_unchecked(path, request.overrides)
     check(first)
+    if request.transfers_again and (request.prefill or not first.trainer.recompute):
+        raise ConfigError(
+            "command line: repeat_transfers is true, but nothing is computed again. Add"
+            " trainer.recompute=true, or leave it out."
+        )
     ranks, stages = ranks_of_stage(request, profile, first)
     groups = ranks // request.tensor_parallel  # each has its own samples
     samples, accumulate = batches_of(request, path, first, groups)
@@ -131,7 +131,7 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
         sent=1 / training.compute_bytes if request.wire == "fp8" else sent,
         received=sent,
         tensor_parallel=request.tensor_parallel,
-        node_copies=config.moe.top_k if request.copies == "node" else None,
+        once_a_node=request.copies == "node",
         split=config.strategy.dense != "replicated",
         transfers_again=request.transfers_again,
         stages=stages,
@@ -159,10 +159,10 @@ def check_words(request: Request, profile: Profile) -> None:
                 f"command line: {key} is given, but ranks=N, ep=N and the cluster set it. Give"
                 " those alone."
             )
-    if "schedule.batches_in_flight" in given:
+    if any(key.partition(".")[0] == "schedule" for key in given):
         raise ConfigError(
-            "command line: schedule.batches_in_flight is given, but advise compares one and two"
-            " batches in flight. Leave it out."
+            "command line: schedule is given, but advise compares slots, chunks and batches in"
+            " flight. Leave it out."
         )
     precision = f"trainer.precision={profile.precision}"
     if "trainer.precision" in given and precision not in request.overrides:
@@ -189,6 +189,11 @@ def ranks_of_stage(request: Request, profile: Profile, config: Config) -> tuple[
                 f" {layers} layers whose number of stages divides the {ranks} ranks"
             )
         stages = layers // request.stage_layers
+    if stages > 1 and config.moe.leading_dense:
+        raise ConfigError(
+            "command line: stage_layers is given, but the config has moe.leading_dense, and all"
+            " stages are taken as equal. Add moe.leading_dense=[]."
+        )
     of_stage = ranks // stages
     node = min(of_stage, profile.ranks_per_node)
     if of_stage % node:
@@ -210,9 +215,15 @@ def batches_of(request: Request, path: Path, config: Config, groups: int) -> tup
     accumulate = config.trainer.accumulate
     if accumulate < 1:
         raise ConfigError(f"trainer.accumulate is {accumulate}, allowed: 1 or more")
+    is_given = "trainer.accumulate" in {key_of(word) for word in request.overrides}
     if request.prefill:
+        if is_given and accumulate > 1:
+            raise ConfigError(
+                "command line: trainer.accumulate is given, but a prompt's pass is one batch. Leave"
+                " it out."
+            )
         return request.samples or 1, 1
-    if is_preset(path):
+    if says_no_batch(request, path):
         return request.samples or samples_of_preset(config), accumulate
     whole = config.data.global_batch_size
     if request.samples is None:
@@ -229,11 +240,19 @@ def batches_of(request: Request, path: Path, config: Config, groups: int) -> tup
             f" data.global_batch_size={whole} with it. Give a divisor of {whole / groups:g}, or"
             " another data.global_batch_size."
         )
-    return request.samples, whole // (groups * request.samples)
+    batches = whole // (groups * request.samples)
+    if is_given and batches != accumulate:
+        raise ConfigError(
+            f"command line: trainer.accumulate is {accumulate}, but samples={request.samples} needs"
+            f" {batches} batches. Leave one of the two out."
+        )
+    return request.samples, batches
 
 
-def is_preset(path: Path) -> bool:
-    return path.parent.name == "model"
+def says_no_batch(request: Request, path: Path) -> bool:
+    """Return whether the config is a preset and no batch is given."""
+    given = {key_of(word) for word in request.overrides}
+    return path.parent.name == "model" and "data.global_batch_size" not in given
 
 
 def samples_of_preset(config: Config) -> int:

@@ -1,4 +1,5 @@
-"""What a user has measured of the job, as factors on computing and transfers (rows.Slowdown).
+"""What a user has measured of the job, as factors on computing and transfers: an
+advised_rows.Slowdown.
 
 measured_step_ms   seconds of a step of a known row. One number cannot say what was slow, so both
                    answers are kept: all of the difference is computing, or all of it is transfers
@@ -88,18 +89,44 @@ def scale_of_file(path: Path, simulator: Simulator, model: Model, choice: Choice
     if "layers" in content:
         return scale_of_plan(content, path, simulator, model, choice)
     if "traceEvents" in content:
-        computing, transfers = seconds_of_trace(content["traceEvents"], path)
-        blocks, _ = simulator.blocks(model, choice.ep_size)
-        step = simulator.step(model, choice)
-        predicted = simulator.job.accumulate * sum(
-            times[operator]
-            for block in blocks
-            for times in (block.times.forward, block.times.backward)
-            for operator in TRANSFERS
-        )
-        of_transfers = transfers / predicted if predicted else 1.0
-        return Slowdown(computing / (step.computing + step.update), of_transfers)
+        return slowdown_of_trace(content["traceEvents"], path, simulator, model, choice)
     raise ConfigError(f"measured is {path}, allowed: a plan.json of a run, or a profiler's trace")
+
+
+def slowdown_of_trace(
+    events: Sequence[Mapping[str, Any]],
+    path: Path,
+    simulator: Simulator,
+    model: Model,
+    choice: Choice,
+) -> Slowdown:
+    """Return the measured seconds of a step's kernels over the predicted ones. The host's time is
+    in no kernel."""
+    job = simulator.job
+    if job.sizes.tensor_parallel > 1:
+        raise ConfigError(
+            "command line: measured is a trace, but tensor_parallel is given, whose gathers and"
+            " sums a trace does not tell from others. Give measured_step_ms=MS."
+        )
+    computing, transfers = seconds_of_trace(events, path)
+    blocks, _ = simulator.blocks(model, choice.ep_size)
+    step = simulator.step(model, choice)
+    directions = [[block.times.forward for block in blocks]]
+    host = job.accumulate * len(blocks) * simulator.machine.fixed / 3
+    if not job.prefill:
+        directions.append([block.times.backward for block in blocks])
+        host *= 3
+    predicted = job.accumulate * sum(
+        times[operator] for each in directions for times in each for operator in TRANSFERS
+    )
+    if not computing or (predicted and not transfers):
+        missing = "all-to-all" if computing else "kernel that computes"
+        raise ConfigError(
+            f"measured is {path}, which has no {missing}, though EP is {choice.ep_size}. Record a"
+            " step with NCCL's all-to-all, or give ep=N of that run."
+        )
+    of_transfers = transfers / predicted if predicted else 1.0
+    return Slowdown(computing / (step.computing + step.update - host), of_transfers)
 
 
 def parse(path: Path) -> Mapping[str, Any]:
@@ -118,6 +145,12 @@ def scale_of_plan(
         measured = plan_from_json(plan)
     except ValueError as error:
         raise ConfigError(f"measured is {path}, but {error}") from error
+    was = plan.get("conditions", {}).get("ep_size", choice.ep_size)
+    if was != choice.ep_size:
+        raise ConfigError(
+            f"measured is {path}, which was measured with EP {was}, not {choice.ep_size}. Give"
+            f" ep={was}."
+        )
     blocks, _ = simulator.blocks(model, choice.ep_size)
     if len(blocks) != len(measured) or any(
         layer.schedule.architecture != block.schedule.architecture

@@ -76,7 +76,7 @@ class Layer(NamedTuple):
 class Costs:
     """A forward pass of a rank's batch. Equal layers are one object.
 
-    head: the parts after the last layer. top_k: of the first layer. tokens: of the batch;
+    head: the parts after the last layer. tokens: of the batch;
     token_bytes: of the residual stream as products read it, of all tokens.
     dense_parameters: of every rank; expert_parameters: of all experts. logits_bytes: in the type of
     the loss.
@@ -84,7 +84,6 @@ class Costs:
 
     layers: Sequence[Layer]
     head: tuple[Part, ...]
-    top_k: int
     tokens: int
     token_bytes: float
     dense_parameters: int
@@ -147,7 +146,6 @@ def count(model: Any, job: RankJob, batch: Tensor, batches: int = 1) -> Costs:
     return Costs(
         layers,
         head,
-        top_k=layers[0].top_k,
         tokens=round(job.samples * rows),
         token_bytes=job.samples
         * rows

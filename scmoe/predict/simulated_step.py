@@ -202,17 +202,18 @@ def simulate_step(
     others = last
     if setting.passes > 1:
         # gradients of weights that are split are summed with every batch
-        unsummed = [replace(block, sums=block.sums if block.gathers else ()) for block in blocks]
-        others = play_pass(unsummed, "backward", setting, replace(head, sums=()), loads)
+        is_split = any(block.gathers for block in blocks)
+        unsummed = blocks if is_split else [replace(block, sums=()) for block in blocks]
+        others_head = head if is_split else replace(head, sums=())
+        others = play_pass(unsummed, "backward", setting, others_head, loads)
     passes = setting.passes * [forward] + (setting.passes - 1) * [others] + [last]
-    hidden_sums = last.sums - last.exposed_sums
-    gathers = sum(each.exposed_sums for each in setting.passes * [forward])
+    hidden_sums = sum(each.sums - each.exposed_sums for each in passes)
     batches = setting.accumulate / setting.passes
     waited_for = (setting.stages - 1) * (forward.elapsed + others.elapsed) / batches
     return StepTime(
         computing=sum(each.computing for each in passes),
         exposed_rows=sum(each.exposed for each in passes),
-        exposed_gradients=last.exposed_sums + gathers,
+        exposed_gradients=sum(each.exposed_sums for each in passes),
         slowed=setting.tax * (sum(each.hidden for each in passes) + hidden_sums),
         update=setting.update_s,
         other=setting.other_s + waited_for,
@@ -227,7 +228,8 @@ def simulate_forward(
 ) -> StepTime:
     """Return the time of one forward pass, as inference has it. Arguments: as `simulate_step`."""
     played = play_pass(blocks, "forward", setting, head or Head(), loads)
-    return StepTime(played.computing, played.exposed, slowed=setting.tax * played.hidden)
+    hidden = played.hidden + played.sums - played.exposed_sums
+    return StepTime(played.computing, played.exposed, played.exposed_sums, setting.tax * hidden)
 
 
 # ---------------------------------------------------------------------- times of pieces

@@ -45,11 +45,8 @@ MODULE_SHARE = {"route": 1 / 3, "encode": 1 / 3, "decode": 1 / 3}
 COPY_SHARE = {"encode": 1 / 3, "decode": 2 / 3}
 
 
-IN_TENSOR_PARALLEL = (
-    "attention",
-    "mlp",
-    "shared_expert",
-)  # tokens are gathered before, summed after
+# around which tokens are gathered and summed
+IN_TENSOR_PARALLEL = ("attention", "mlp", "shared_expert")
 
 
 class JobSizes(NamedTuple):
@@ -57,7 +54,7 @@ class JobSizes(NamedTuple):
 
     rows, sent, received: rows of a rank over those that were counted, and bytes of a number that is
     dispatched and combined over those of a computed one. tensor_parallel: ranks that share each
-    dense weight. node_copies: of a token, where one row for each node travels between nodes
+    dense weight. once_a_node: of a token's copies one row for each node travels between nodes
     (cluster_rates.py). split: dense weights are split over all ranks. transfers_again: what is
     computed again dispatches again. stages: of the pipeline; the model is one of them, without its
     share of embedding and head.
@@ -69,7 +66,7 @@ class JobSizes(NamedTuple):
     sent: float = 1.0
     received: float = 1.0
     tensor_parallel: int = 1
-    node_copies: int | None = None
+    once_a_node: bool = False
     split: bool = False
     transfers_again: bool = False
     stages: int = 1
@@ -80,8 +77,9 @@ class JobSizes(NamedTuple):
         return Groups(self.tensor_parallel, self.ranks)
 
     @property
-    def all_ranks(self) -> Groups:
-        return Groups(self.ranks, self.ranks)
+    def same_dense(self) -> Groups:
+        """The ranks that hold the same dense weights."""
+        return Groups(self.ranks // self.tensor_parallel, self.ranks, self.tensor_parallel)
 
     @property
     def sharing_experts(self) -> Groups:
@@ -146,12 +144,19 @@ class _Timing(NamedTuple):
     sizes: JobSizes
 
     def forward(self, part: Part) -> float:
+        return self.computing(part) + self.token_gathers(part)
+
+    def computing(self, part: Part) -> float:
         factor = self.machine.attention if part.operator == "attention" else 1.0
-        gathers = 0.0
-        if part.operator in IN_TENSOR_PARALLEL:
-            nbytes = self.costs.token_bytes * self.sizes.rows
-            gathers = 2 * self.machine.gather(nbytes, self.sizes.sharing_dense)
-        return factor * self.kernels(part, self.held(part)) + self.launches(part) + gathers
+        return factor * self.kernels(part, self.held(part)) + self.launches(part)
+
+    def token_gathers(self, part: Part) -> float:
+        """Return the seconds in which tokens are gathered before a part and summed after it, over
+        the ranks that share its weights."""
+        if part.operator not in IN_TENSOR_PARALLEL:
+            return 0.0
+        nbytes = self.costs.token_bytes * self.sizes.rows
+        return 2 * self.machine.gather(nbytes, self.sizes.sharing_dense)
 
     def kernels(self, part: Part, weights: float) -> float:
         """Return the seconds of a part's kernels in forward. weights: the share of the weights that
@@ -170,7 +175,8 @@ class _Timing(NamedTuple):
         return fused(part.kernels) if self.machine.fused else part.kernels
 
     def backward(self, part: Part) -> float:
-        return self.forward(part) * self.times_in_backward(part)
+        times = self.times_in_backward(part)
+        return self.computing(part) * times + self.token_gathers(part) * (times - 1)
 
     def times_in_backward(self, part: Part) -> int:
         """Return how often the kernels of a part's forward run in backward."""
@@ -211,7 +217,7 @@ class _Timing(NamedTuple):
         for direction, thirds in (("forward", 1), ("backward", BACKWARD)):
             seconds[direction]["encode"] += thirds * self.machine.fixed / 3
             fixed[direction]["encode"] += thirds * self.machine.fixed / 3
-        self.set_transfers(seconds, fixed, runs["dispatch"])
+        self.set_transfers(seconds, fixed, runs["dispatch"], layer.top_k)
         return Block(
             layer.schedule,
             OperatorTimes(**seconds),
@@ -250,12 +256,13 @@ class _Timing(NamedTuple):
         seconds: dict[str, dict[str, float]],
         fixed: dict[str, dict[str, float]],
         dispatched: Sequence[Part],
+        top_k: int,
     ) -> None:
         groups = self.sizes.sharing_experts
         rows_bytes = sum(part.rows_bytes for part in dispatched)
         nbytes = rows_bytes * self.sizes.rows / self.sizes.tensor_parallel
         width = {"dispatch": self.sizes.sent, "combine": self.sizes.received}
-        copies = self.sizes.node_copies
+        copies = top_k if self.sizes.once_a_node else None
         latency = self.machine.all_to_all_latency(groups)
         for transfer in TRANSFERS:
             times = self.machine.all_to_all(nbytes * width[transfer], groups, copies)
@@ -297,7 +304,7 @@ class _Timing(NamedTuple):
         if sizes.split:  # gathered before backward, and reduced to the part of a rank
             return 2 * self.gather_seconds(part)
         per_rank = part.dense * width / sizes.tensor_parallel
-        dense = self.machine.all_reduce(per_rank, sizes.all_ranks)
+        dense = self.machine.all_reduce(per_rank, sizes.same_dense)
         return dense + self.machine.all_reduce(local * width, sizes.same_experts)
 
     def gather_seconds(self, part: Part) -> float:
@@ -308,7 +315,7 @@ class _Timing(NamedTuple):
         width = self.costs.job.compute_bytes
         dense = part.dense * width / self.sizes.tensor_parallel
         experts = part.expert * width / self.sizes.ep_size
-        return self.machine.gather(dense, self.sizes.all_ranks) + self.machine.gather(
+        return self.machine.gather(dense, self.sizes.same_dense) + self.machine.gather(
             experts, self.sizes.same_experts
         )
 

@@ -13,7 +13,7 @@ from scmoe.loads import Sizes, load_of
 from scmoe.parallel.dense.memory import rank_memory
 from scmoe.predict import measure
 from scmoe.predict.advise import WORTH, advise
-from scmoe.predict.advised_rows import AS_IT_IS, Choice, Simulator, Slowdown, best_rows
+from scmoe.predict.advised_rows import Choice, Simulator, Slowdown, best_rows
 from scmoe.predict.cluster import overridden, read_profile
 from scmoe.predict.compared_models import job_of, rank_shares
 from scmoe.predict.judged_job import Request, job_in_batches
@@ -38,12 +38,12 @@ def counted():
     return quickstart_on_cards()
 
 
-def answers(counted, *words, ep_sizes=(8,), scales=(AS_IT_IS,), **sizes):
+def answers(counted, *words, ep_sizes=(8,), measured=False, **sizes):
     profile, job, models = counted
     chosen = overridden(profile, [f"cluster.{word}" for word in words])
     asked = job._replace(ep_sizes=ep_sizes, sizes=job.sizes._replace(**sizes))
     compared = [model for name, model in models.items() if name != "top1"]
-    return advise(compared, chosen, asked, scales)
+    return advise(compared, chosen, asked, operators_measured=measured)
 
 
 def test_where_rows_take_no_time_only_a_shared_expert_s_computing_differs(counted):
@@ -58,15 +58,14 @@ def test_hiding_rows_that_take_much_time_pays_once_a_measurement_says_so(counted
     # with so many rows gradients take little of the link
     words = ("links.node.gb_s=64",)
     open_, sure = (
-        answers(counted, *words, rows=64, scales=scales)
-        for scales in ([AS_IT_IS], [Slowdown(1.0, 1.001)])
+        answers(counted, *words, rows=64, measured=measured) for measured in (False, True)
     )
     assert open_.rows["top2"].waits > 0.4
     steps = [advice.verdict["two_batches"] for advice in (open_, sure)]
     assert [step.answer for step in steps] == ["within the error", "pays"]
     for step in steps:
         assert step.interval[0] < step.value < step.interval[1] and step.value > 1.1
-    assert "run the standard model as" in sure.to_do
+    assert "run the standard model with two batches in flight" in sure.to_do
 
 
 def test_the_steps_of_a_verdict_are_over_each_other(counted):
@@ -176,9 +175,9 @@ def test_a_row_s_memory_is_the_estimate_s_of_its_own_schedule(counted):
             f"moe.architecture={schedule.architecture}",
             f"moe.position={schedule.position or 'pos2'}",
             f"moe.top_k={2 if name.startswith('top2') else 1}",
-            f"schedule.chunks={schedule.chunks}",
         ]
         again = job_in_batches(replace(QUICK, overrides=[*QUICK.overrides, *words]), profile).config
+        again = replace(again, schedule=replace(again.schedule, chunks=schedule.chunks))
         of_rank = rank_job(again)
         in_flight = replace(of_rank, batches_in_flight=row.choice.batches_in_flight)
         assert row.memory == rank_memory(build_model_on_meta(again), in_flight)["total"], name
@@ -469,6 +468,9 @@ def test_jobs_as_people_have_them(words, key, capfd):
         ("cluster=8xA30-PCIe", "tensor_parallel=3"),
         ("cluster=8xA30-PCIe", "measured_step_ms=-1"),
         ("cluster=8xA30-PCIe", "measured=no.json"),
+        ("cluster=8xA30-PCIe", "repeat_transfers=true"),  # nothing is computed again
+        ("cluster=8xA30-PCIe", "prefill=true", "trainer.accumulate=2"),
+        ("cluster=8xA30-PCIe", "samples=1", "trainer.accumulate=2"),
         ("cluster=8xA30-PCIe", "strategy.dense=hybrid"),
         ("cluster=8xA30-PCIe", "load=hot_rank:9", "moe.capacity_factor=null"),
         ("cluster=8xA30-PCIe", "load=hot_rank:1.7"),  # every slot of a capacity travels
@@ -479,9 +481,42 @@ def test_jobs_as_people_have_them(words, key, capfd):
         ("cluster=8xA30-PCIe", "moe.num_experts=2", "moe.top_k=2"),
         ("cluster=8xA30-PCIe", "optim.name=muon"),
         ("cluster=8xA30-PCIe", "schedule.batches_in_flight=1"),  # one and two are compared
+        ("cluster=8xA30-PCIe", "schedule.slot=1"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_one_line(words, capfd):
     assert call("advise", "quickstart", *words) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_row_of_a_token_for_each_node_is_counted_with_the_copies_of_each_model():
+    """Top-2's copies are on 1.5 of two nodes on average; one copy is always one row."""
+    profile = read_profile("2x8xA800", ["cluster.links.node.gb_s=1e5", "cluster.peer_us=0"])
+    words = ["model.layers=2", "moe.capacity_factor=null", "moe.num_experts=16"]
+    seconds = {}
+    for copies in ("expert", "node"):
+        request = Request("gpt2_moe_small_tiny", words, ep_size=16, samples=8, copies=copies)
+        job, models = counted_on(profile, request)
+        simulator = Simulator(profile.machine(), job)
+        for name in ("top2", "shared_expert"):
+            blocks, _ = simulator.blocks(models[name], 16)
+            latency = blocks[0].fixed.forward["dispatch"]
+            seconds[copies, name] = blocks[0].times.forward["dispatch"] - latency
+    assert seconds["node", "top2"] == pytest.approx(0.75 * seconds["expert", "top2"])
+    assert seconds["node", "shared_expert"] == pytest.approx(seconds["expert", "shared_expert"])
+
+
+def test_split_weights_are_gathered_with_every_batch(counted):
+    """Four batches expose four times what one does where the link carries nothing else."""
+    profile, job, models = counted
+    exposed = {}
+    for accumulate in (1, 4):
+        asked = job._replace(
+            ep_sizes=(8,), sizes=job.sizes._replace(split=True), accumulate=accumulate
+        )
+        simulator = Simulator(profile.machine(), asked)
+        model = models["top2"]
+        step = simulator.step(model, Choice(8, model.schedule, sequential=True))
+        exposed[accumulate] = step.exposed_gradients
+    assert exposed[4] == pytest.approx(4 * exposed[1])

@@ -332,6 +332,6 @@ def test_ranks_that_share_weights_compute_parts_and_gather_tokens(counted):
     assert four["dispatch"] < alone["dispatch"]
     free = replace(machine, node=machine.node._replace(rate=1e30))
     gathered = blocks_on(free, costs, JobSizes(8, 8, tensor_parallel=4))[0][0].times.forward
-    of_before = 2 * costs.token_bytes * 3 / 4 / machine.node.rate
+    of_before = 2 * costs.token_bytes * 3 / 4 / machine.node.rate  # gathered and summed
     sublayers = 3  # attention, MLP, attention before the tap of a pair of top-2
     assert four[BEFORE] - gathered[BEFORE] == pytest.approx(sublayers * of_before)
