@@ -1,4 +1,4 @@
-"""What a layer must tell before it can be asked whether its expert parallelism is right: an Adapter
+"""What a layer must provide before its expert parallelism can be examined: an Adapter
 of hooks, which `make(group, weights, dtype)` of the user's own file returns.
 
     def make(group, weights, dtype):

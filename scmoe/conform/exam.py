@@ -63,7 +63,7 @@ class Exam:
         self.plays: dict[tuple[str, str], Played] = {}
         self.spreads: dict[tuple[str, int], Tolerance] = {}
         # kinds of tensors that the first questions have found wrong
-        self.told: dict[str, set[str]] = {place: set() for place in self.places}
+        self.reported: dict[str, set[str]] = {place: set() for place in self.places}
 
     def run(self) -> Answers:
         answers: Answers = {}
@@ -103,11 +103,11 @@ class Exam:
         played = self._play(question.play, place)
         if played.outcome != "played":
             return Answer(played.outcome, why=played.why)
-        kinds = [kind for kind in question.kinds if kind not in self.told[place]]
+        kinds = [kind for kind in question.kinds if kind not in self.reported[place]]
         measure, tolerance = self._measure(question, place)
         named = {equality.kind_of(name) for name in (*measure, *played.records[0])}
         compared = [kind for kind in kinds if kind in named]
-        if not kinds or self.told[place] & {*question.follows}:
+        if not kinds or self.reported[place] & {*question.follows}:
             return Answer("not asked", why="gradients are wrong already in the first questions")
         if not compared:
             return Answer("not asked", why=f"the adapter names no {' or '.join(kinds)}")
@@ -118,7 +118,7 @@ class Exam:
         if difference is None:
             return Answer("passed")
         if question in FIRST:
-            self.told[place] |= {*question.kinds}
+            self.reported[place] |= {*question.kinds}
         return Answer("failed", difference)
 
     def _can_compare(self, kinds: list[str], record: Record, measure: Record) -> bool:

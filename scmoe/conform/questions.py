@@ -1,7 +1,7 @@
 """The questions, a line each: what is played, and which kinds of tensors must be right.
 
 The first five look at one forward and backward pass. What they have found wrong, the later ones do
-not look at again, so a mistake is told once: a question about unequal tokens fails for a mistake
+not look at again, so a mistake is reported once: a question about unequal tokens fails for one
 with unequal tokens alone.
 """
 

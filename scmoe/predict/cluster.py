@@ -10,7 +10,7 @@ each rank is 50. Sources say what to check first, and are printed with an advice
 
     datasheet    what the vendor prints; that it is not reached is in the attained share
     measured     on this machine, by `cluster=measure`, or in a public measurement
-    guess        nobody has measured it
+    guess        not measured
     given        on the command line
 """
 

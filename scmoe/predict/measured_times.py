@@ -106,7 +106,7 @@ def slowdown_of_trace(
     if job.sizes.tensor_parallel > 1:
         raise ConfigError(
             "command line: measured is a trace, but tensor_parallel is given, whose gathers and"
-            " sums a trace does not tell from others. Give measured_step_ms=MS."
+            " sums a trace does not separate from others. Give measured_step_ms=MS."
         )
     computing, transfers = seconds_of_trace(events, path)
     blocks, _ = simulator.blocks(model, choice.ep_size)

@@ -84,7 +84,7 @@ def test_the_steps_of_a_verdict_are_over_each_other(counted):
 
 
 def test_experts_stay_in_the_node_where_the_network_is_slow():
-    """The owner of two machines is told to keep EP 8 there, and that little is to gain then."""
+    """The answer for two machines is to keep EP 8 in the node."""
     profile = read_profile("2x8xA800", ["cluster.memory_gb=10"])
     job, models = counted_on(profile, Request("gpt2_moe_small", ["model.layers=4"], samples=8))
     fitting = [model for name, model in models.items() if name != "top1"]
