@@ -31,9 +31,9 @@ from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.wire import Wire
+from scmoe.planning.choice import ModelChoice
 from scmoe.planning.clock import CPU, in_turn, slowest
 from scmoe.planning.planner import Planner
-from scmoe.planning.pricing import LayerChoice
 
 
 class VariantTimes(NamedTuple):
@@ -188,8 +188,8 @@ class Bench:
         chunk_counts: Sequence[int],
         load: str = BALANCED,
         numbers_in_flight: Sequence[int] = (1,),
-    ) -> list[LayerChoice]:
-        """Return the planner's choice for each block, made from training steps as in a run."""
+    ) -> ModelChoice:
+        """Return the planner's choice for the blocks, made from training steps as in a run."""
         step = self.set(Variant(block, default_schedule(block), load=load))
         batches = self.setting.accumulate
         planner = Planner(
@@ -202,7 +202,7 @@ class Bench:
         )
         if self.setting.tries is not None:
             planner.most_tries = self.setting.tries
-        while not planner.has_chosen:
+        while planner.choice is None:
             for batch in range(1, batches + 1):
                 planner.begin_step()
                 with step.wrapped.no_sync() if batch < batches else nullcontext():
@@ -213,7 +213,7 @@ class Bench:
                     step.zero_grad()
                 planner.end_step()
             self.current.step += 1
-        return planner.choices
+        return planner.choice
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
         """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts').

@@ -27,7 +27,7 @@ from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
-from scmoe.planning.pricing import LayerChoice, batches_in_flight
+from scmoe.planning.choice import ModelChoice
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
 from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.schedule.stack import half_of, waiting_time
@@ -148,11 +148,10 @@ class Variant:
         return ModelSchedule(tuple(self.block_schedules(schedule.blocks)), self.batches_in_flight)
 
 
-def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
-    """Return the variant of a planner's choices for the blocks of a row."""
-    schedules = [choice.schedule for choice in choices]
-    batches = batches_in_flight(choices)
-    variant = Variant(block, schedules[-1], load=load, batches_in_flight=batches)
+def chosen_by(choice: ModelChoice, block: str, load: str) -> Variant:
+    """Return the variant of a planner's choice for the blocks of a row."""
+    schedules = [layer.schedule for layer in choice.layers]
+    variant = Variant(block, schedules[-1], load=load, batches_in_flight=choice.batches)
     return (
         variant
         if variant.block_schedules(schedules) == schedules
@@ -160,20 +159,17 @@ def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
     )
 
 
-def planned_windows(
-    variant: Variant, choices: Sequence[LayerChoice]
-) -> list[tuple[Schedule, OperatorTimes]]:
+def planned_windows(variant: Variant, choice: ModelChoice) -> list[tuple[Schedule, OperatorTimes]]:
     """Return the schedule of each block of a row, and the times of its operators as the planner has
     measured them."""
-    schedules = variant.block_schedules(choice.schedule for choice in choices)
-    return [
-        (each, choice.times[each.chunks]) for each, choice in zip(schedules, choices, strict=True)
-    ]
+    schedules = variant.block_schedules(choice.schedule.blocks)
+    layers = zip(schedules, choice.layers, strict=True)
+    return [(schedule, layer.times[schedule.chunks]) for schedule, layer in layers]
 
 
-def modelled_wait(variant: Variant, choices: Sequence[LayerChoice]) -> float:
+def modelled_wait(variant: Variant, choice: ModelChoice) -> float:
     """Return how long the blocks of a row wait for transfers by the model, forward and backward."""
-    windows = planned_windows(variant, choices)
+    windows = planned_windows(variant, choice)
     if variant.batches_in_flight == 2:
         return waiting_time([(schedule, half_of(times)) for schedule, times in windows])
     return sum(exposed_time(*each) for each in windows)

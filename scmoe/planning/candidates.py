@@ -1,10 +1,10 @@
 """Which schedules the planner tries, and when one of them is the fastest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from scmoe.planning.pricing import LayerChoice, predicted, with_two_in_flight
+from scmoe.planning.choice import ModelChoice
 
 CANDIDATES = 6  # that are tried: the best price of each number of chunks first, then others
 NEAR = 1.1  # the others have prices up to NEAR times the lowest
@@ -14,7 +14,7 @@ CANDIDATES_IN_HALVES = 2  # with two batches in flight, beside those with one
 GAIN_OF_CHUNKS = 0.02  # of a price: below it, chunks are not tried with two batches in flight
 
 
-def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[LayerChoice]]:
+def shortlist(priced: Mapping[int, Sequence[ModelChoice]]) -> list[ModelChoice]:
     """Return the candidates that are worth a trial.
 
     They are the best price of each number of chunks, and those NEAR the lowest.
@@ -25,14 +25,20 @@ def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[La
     """
     best = [candidates[0] for candidates in priced.values()]
     assert len(best) <= CANDIDATES
-    others = sorted((c for candidates in priced.values() for c in candidates[1:]), key=predicted)
-    highest = NEAR * min(map(predicted, best))
-    return best + [c for c in others if predicted(c) <= highest][: CANDIDATES - len(best)]
+    others = by_price(choice for choices in priced.values() for choice in choices[1:])
+    highest = NEAR * min(choice.predicted for choice in best)
+    near = [choice for choice in others if choice.predicted <= highest]
+    return best + near[: CANDIDATES - len(best)]
+
+
+def by_price(choices: Iterable[ModelChoice]) -> list[ModelChoice]:
+    """Return the choices in the order of their prices."""
+    return sorted(choices, key=lambda choice: choice.predicted)
 
 
 def shortlist_in_flight(
-    priced: Mapping[int, Sequence[list[LayerChoice]]], numbers: Sequence[int]
-) -> list[list[LayerChoice]]:
+    priced: Mapping[int, Sequence[ModelChoice]], numbers: Sequence[int]
+) -> list[ModelChoice]:
     """Return the candidates with one batch in flight as `shortlist` does, and those with two.
 
     Those with two are the best slot in the fewest chunks, then the best slot of each larger number
@@ -46,15 +52,15 @@ def shortlist_in_flight(
     if 2 not in numbers:
         return one
     two = {
-        chunks: sorted(map(with_two_in_flight, candidates), key=predicted)
-        for chunks, candidates in priced.items()
+        chunks: by_price(choice.in_two_batches for choice in choices)
+        for chunks, choices in priced.items()
     }
     best, *others = two.pop(min(two))
-    highest = (1 - GAIN_OF_CHUNKS) * predicted(best)
-    gaining = [candidates[0] for candidates in two.values() if predicted(candidates[0]) <= highest]
-    near = [choices for choices in others if predicted(choices) <= NEAR * predicted(best)]
+    highest = (1 - GAIN_OF_CHUNKS) * best.predicted
+    gaining = [choices[0] for choices in two.values() if choices[0].predicted <= highest]
+    near = [choice for choice in others if choice.predicted <= NEAR * best.predicted]
     room = CANDIDATES_IN_HALVES if one else CANDIDATES
-    return one + [best, *sorted(gaining, key=predicted), *near][:room]
+    return one + [best, *by_price(gaining), *near][:room]
 
 
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:

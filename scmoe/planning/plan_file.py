@@ -3,13 +3,13 @@ flight from which step on, and whether a resumed run may take it."""
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from scmoe.planning.pricing import LayerChoice, batches_in_flight, predicted_and_exposed
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.schedule import Schedule
 
@@ -18,7 +18,7 @@ NO_PLAN: Plan = MappingProxyType({})
 
 
 def plan_to_json(
-    choices: Sequence[LayerChoice], conditions: dict[str, Any], step: int, earlier: Plan = NO_PLAN
+    choice: ModelChoice, conditions: dict[str, Any], step: int, earlier: Plan = NO_PLAN
 ) -> dict[str, Any]:
     """Return the plan of a run as JSON values, with times in seconds.
 
@@ -33,22 +33,22 @@ def plan_to_json(
     """
     layers = [
         {
-            "schedule": asdict(choice.schedule),
+            "schedule": asdict(layer.schedule),
             "predicted_s": predicted_s,
             "exposed_s": exposed_s,
-            "eq11_slot": choice.eq11.slot,
-            "times_s": {str(chunks): asdict(times) for chunks, times in choice.times.items()},
-            "sequential_s": list(choice.sequential),
-            "batches_in_flight": choice.batches_in_flight,
+            "eq11_slot": layer.eq11.slot,
+            "times_s": {str(chunks): asdict(times) for chunks, times in layer.times.items()},
+            "sequential_s": list(layer.sequential),
+            "batches_in_flight": choice.batches,
         }
-        for choice, (predicted_s, exposed_s) in zip(
-            choices, predicted_and_exposed(choices), strict=True
+        for layer, (predicted_s, exposed_s) in zip(
+            choice.layers, choice.predicted_and_exposed, strict=True
         )
     ]
     before = [[since, batches] for since, batches in in_flight_from(earlier) if since < step]
     return {
         "step": step,
-        "in_flight_from": [*before, [step, batches_in_flight(choices)]],
+        "in_flight_from": [*before, [step, choice.batches]],
         "conditions": conditions,
         "layers": layers,
     }
@@ -101,19 +101,19 @@ def read_plan(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
     return plan
 
 
-def plan_from_json(plan: Plan) -> list[LayerChoice]:
-    """Return the choices of all layers. ValueError: this is no plan."""
+def plan_from_json(plan: Plan) -> ModelChoice:
+    """Return what was chosen. ValueError: this is no plan."""
     try:
-        return [_choice(layer) for layer in plan["layers"]]
+        layers = plan["layers"]
+        batches = max((layer["batches_in_flight"] for layer in layers), default=1)
+        return ModelChoice(tuple(map(_layer, layers)), batches)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is no plan: {error!r}") from error
 
 
-def _choice(layer: Mapping[str, Any]) -> LayerChoice:
+def _layer(layer: Mapping[str, Any]) -> LayerChoice:
     times = {
         int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()
     }
     forward, backward = layer["sequential_s"]
-    return LayerChoice(
-        Schedule(**layer["schedule"]), times, (forward, backward), layer["batches_in_flight"]
-    )
+    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward))

@@ -31,16 +31,8 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
 from scmoe.planning.candidates import shortlist_in_flight, still_fastest
-from scmoe.planning.pricing import (
-    DIRECTIONS,
-    LayerChoice,
-    Sample,
-    measured,
-    price,
-    schedule_of_choices,
-    slowest,
-    start_clocks,
-)
+from scmoe.planning.choice import ModelChoice
+from scmoe.planning.pricing import DIRECTIONS, Sample, measured, price, slowest, start_clocks
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import ModelSchedule
 
@@ -111,7 +103,7 @@ class Planner:
         self.chunk_counts = sorted(set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in self.blocks]
-        self.choices: list[LayerChoice] = []
+        self.choice: ModelChoice | None = None
         self.most_tries = MOST_TRIES  # each candidate is tried once, even if this allows fewer
         self.numbers_in_flight = tuple(numbers_in_flight) if halves_of(model) else (1,)
 
@@ -121,8 +113,8 @@ class Planner:
             ("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts
         ]
         self.samples: dict[int, list[Sample]] = {chunks: [] for chunks in self.chunk_counts}
-        self.priced: dict[int, list[list[LayerChoice]]] = {}
-        self.candidates: list[list[LayerChoice]] = []
+        self.priced: dict[int, list[ModelChoice]] = {}
+        self.candidates: list[ModelChoice] = []
         # seconds of each round, of the candidates that are left
         self.tried: dict[int, list[float]] = {}
         self.tries = 0
@@ -154,9 +146,10 @@ class Planner:
             "batches_in_flight": list(self.numbers_in_flight),
         }
 
-    def take(self, choices: Sequence[LayerChoice]) -> None:
+    def take(self, choice: ModelChoice) -> None:
         """Run as an earlier planner has chosen under equal conditions, without measuring first."""
-        self.choices, self.agenda = list(choices), []
+        self.choice = choice
+        self.agenda = []
         self.settle()
 
     def settle(self) -> None:
@@ -166,7 +159,7 @@ class Planner:
 
     @property
     def settled(self) -> ModelSchedule:
-        return schedule_of_choices(self.choices) if self.choices else self.configured
+        return self.configured if self.choice is None else self.choice.schedule
 
     def close(self) -> None:
         """Leave the model as between two steps."""
@@ -191,15 +184,15 @@ class Planner:
         return self.agenda[0] if self.agenda else ("run", 0)
 
     def begin_step(self, timed: bool = False) -> None:
-        """Prepare the model for a step. timed: time this step if the choice has been made and one
-        batch is in flight, as the operators of two overlap each other."""
+        """Prepare the model for a step. timed: time this step if the choice has been made and its
+        operators can be measured."""
         what, which = self.doing
         schedule = self.settled
         if what == "measure":
             schedule = ModelSchedule(tuple(replace(each, chunks=which) for each in self.timed))
         elif what == "try":
-            schedule = schedule_of_choices(self.candidates[which])
-        timed = timed and what == "run" and schedule.batches_in_flight == 1
+            schedule = self.candidates[which].schedule
+        timed = timed and what == "run" and schedule.is_measurable
         notes = what == "measure" or timed
         if notes or what == "try":  # a trial needs one clock
             self.recorders = [Recorder(self.device) for _ in (self.blocks if notes else [None])]
@@ -243,7 +236,7 @@ class Planner:
             self.tried = {i: [] for i in range(len(self.candidates))}
         left = still_fastest(self.tried)
         if len(left) == 1 or (self.tries and self.tries + len(left) > self.most_tries):
-            self.choices = self.agree(self.candidates[left[0]])
+            self.choice = self.agree(self.candidates[left[0]])
             return
         self.tried = {i: [*self.tried[i], 0.0] for i in left}
         self.tries += len(left)
@@ -256,22 +249,21 @@ class Planner:
         recorders: Sequence[Recorder] | None = None,
     ) -> None:
         """Set how the model runs. blocking: wait for each transfer right after its start."""
-        if self.fixed:  # the number of batches in flight is the caller's
-            number = schedule_of(self.model).batches_in_flight
-            schedule = replace(schedule, batches_in_flight=number)
+        if self.fixed:
+            schedule = schedule.in_batches_of(schedule_of(self.model))
         dispatchers: list[Dispatcher] = [*self.dispatchers]
         if blocking:
             dispatchers = [Blocking(dispatcher) for dispatcher in self.dispatchers]
         run_as(self.model, schedule, dispatchers, recorders or [None] * len(self.blocks))
 
-    def agree(self, choices: list[LayerChoice]) -> list[LayerChoice]:
-        """Return the choices, which are the same on every rank.
+    def agree(self, choice: ModelChoice) -> ModelChoice:
+        """Return the choice, which is the same on every rank.
 
         Raises RuntimeError if ranks chose differently.
         """
         numbers = [
-            [c.schedule.slot, c.schedule.inside_attention, c.schedule.chunks, c.batches_in_flight]
-            for c in choices
+            [schedule.slot, schedule.inside_attention, schedule.chunks, choice.batches]
+            for schedule in choice.schedule.blocks
         ]
         chosen_L4 = torch.tensor(numbers, dtype=torch.long, device=self.device)
         first_L4 = chosen_L4.clone()
@@ -283,13 +275,14 @@ class Planner:
                 " schedule.inside_attention, schedule.chunks and schedule.batches_in_flight"
                 " instead of schedule.auto."
             )
-        return choices
+        return choice
 
     def note_overlap(self, sample: Sample) -> None:
         """Compute the overlap of a timed step."""
         seconds = sample.elapsed_d.sum(0).tolist()
-        sequential = sum_of_layers([choice.sequential for choice in self.choices])
-        free = sum_of_layers([choice.free for choice in self.choices])
+        assert self.choice is not None
+        sequential = sum_of_layers([layer.sequential for layer in self.choice.layers])
+        free = sum_of_layers([layer.free for layer in self.choice.layers])
         # 0: backward without MoE
         shares = [1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)]
         each = zip(shares, seconds, sequential, free, strict=True)

@@ -11,7 +11,7 @@ common clock.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Mark, Recorder
-from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, mismatch, slots
-from scmoe.schedule.play import BEFORE, PER_CHUNK, TRANSFERS, Span
-from scmoe.schedule.schedule import ATTENTION_PARTS, ModelSchedule, Schedule
-from scmoe.schedule.stack import half_of, waiting_time, windows_time
+from scmoe.planning.choice import LayerChoice, ModelChoice
+from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.play import BEFORE, PER_CHUNK, Span
+from scmoe.schedule.schedule import ATTENTION_PARTS, Schedule
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", *ATTENTION_PARTS, "mlp", "shared_expert", "current")
@@ -55,44 +55,6 @@ class Sample(NamedTuple):
 
     def of_layer(self, layer: int) -> "Sample":
         return Sample(*(seconds[layer] for seconds in self))
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """What one MoE layer runs as, and why.
-
-    Times are in seconds, transfers one at a time, of the slowest rank of an EP group, the mean over
-    these groups. They are those of one batch in flight. batches_in_flight: equal in all layers.
-    """
-
-    schedule: Schedule
-    times: dict[int, OperatorTimes]  # by number of chunks
-    # forward, backward: from tap to end with the fewest chunks, measured
-    sequential: tuple[float, ...]
-    batches_in_flight: int = 1
-
-    @property
-    def predicted(self) -> float:
-        """Seconds from the tap to the end of the block, and back."""
-        return elapsed_time(self.schedule, self.times[self.schedule.chunks])
-
-    @property
-    def exposed(self) -> float:
-        return exposed_time(self.schedule, self.times[self.schedule.chunks])
-
-    @property
-    def eq11(self) -> Schedule:
-        """The schedule at the slot that Eq. 11 would choose, which knows whole operators only."""
-        between = [schedule for schedule in slots(self.schedule) if not schedule.inside_attention]
-        return min(between, key=lambda s: mismatch(s, self.times[s.chunks]))
-
-    @property
-    def free(self) -> tuple[float, float]:
-        """`sequential` without its transfers."""
-        fewest = self.times[min(self.times)]
-        forward = sum(fewest.forward[transfer] for transfer in TRANSFERS)
-        backward = sum(fewest.backward[transfer] for transfer in TRANSFERS)
-        return self.sequential[0] - forward, self.sequential[1] - backward
 
 
 def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
@@ -224,7 +186,7 @@ def before_tap(spans: list[Span], tap: float, direction: Direction) -> tuple[flo
 
 def price(
     samples: Mapping[int, Sequence[Sample]], configured: Sequence[Schedule], fixed: bool
-) -> dict[int, list[list[LayerChoice]]]:
+) -> dict[int, list[ModelChoice]]:
     """Return the candidates by number of chunks, those of the lowest price first.
 
     They are equal on all ranks, as the samples are. A candidate has one slot for all layers; a
@@ -251,12 +213,16 @@ def price(
         by_slot = [layer[chunks] for layer in layers]
         slots_of_any = sorted({slot_key(choice) for choices in by_slot for choice in choices})
         in_all_layers = [
-            [choice_at_slot(choices, slot) for choices in by_slot] for slot in slots_of_any
+            tuple(choice_at_slot(choices, slot) for choices in by_slot) for slot in slots_of_any
         ]
         different = {tuple(map(slot_key, choices)): choices for choices in in_all_layers}
-        same_slot = sorted(different.values(), key=predicted)
-        best = [min(choices, key=lambda choice: choice.predicted) for choices in by_slot]
-        gains = predicted(best) < WORTH_OWN_SLOTS * predicted(same_slot[0])
+        same_slot = sorted(
+            map(ModelChoice, different.values()), key=lambda choice: choice.predicted
+        )
+        best = ModelChoice(
+            tuple(min(choices, key=lambda choice: choice.predicted) for choices in by_slot)
+        )
+        gains = best.predicted < WORTH_OWN_SLOTS * same_slot[0].predicted
         candidates[chunks] = [best, *same_slot] if gains else same_slot
     return candidates
 
@@ -301,44 +267,6 @@ def choice_at_slot(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> La
     slot: as `slot_key`. choices: in the order of the window.
     """
     return [choice for choice in choices if slot_key(choice) <= slot or choice is choices[0]][-1]
-
-
-def batches_in_flight(choices: Sequence[LayerChoice]) -> int:
-    """Return how many batches are in flight in all layers; 1 if nothing is chosen."""
-    return choices[0].batches_in_flight if choices else 1
-
-
-def schedule_of_choices(choices: Sequence[LayerChoice]) -> ModelSchedule:
-    """Return how a model runs as chosen."""
-    return ModelSchedule(tuple(choice.schedule for choice in choices), batches_in_flight(choices))
-
-
-def with_two_in_flight(choices: Sequence[LayerChoice]) -> list[LayerChoice]:
-    """Return the same choices with two batches in flight."""
-    return [replace(choice, batches_in_flight=2) for choice in choices]
-
-
-def predicted(choices: Sequence[LayerChoice]) -> float:
-    """Return the predicted seconds of the windows of all layers, together with the waits that two
-    batches in flight leave."""
-    if batches_in_flight(choices) == 2:
-        return windows_time(in_halves(choices))
-    return sum(choice.predicted for choice in choices)
-
-
-def in_halves(choices: Sequence[LayerChoice]) -> list[tuple[Schedule, OperatorTimes]]:
-    """Return the layers with the times of half the rows, as if these took half as long."""
-    return [(choice.schedule, half_of(choice.times[choice.schedule.chunks])) for choice in choices]
-
-
-def predicted_and_exposed(choices: Sequence[LayerChoice]) -> list[tuple[float, float]]:
-    """Return for each layer the seconds of its window, and how long it waits for transfers; with
-    two batches in flight, the mean over the layers."""
-    if batches_in_flight(choices) == 1:
-        return [(choice.predicted, choice.exposed) for choice in choices]
-    layers = in_halves(choices)
-    mean = windows_time(layers) / len(layers), waiting_time(layers) / len(layers)
-    return [mean for _ in layers]
 
 
 def gather(values: Tensor, group: Any) -> Tensor:

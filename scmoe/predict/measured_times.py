@@ -142,7 +142,7 @@ def scale_of_plan(
 ) -> Slowdown:
     """Return the measured seconds of a plan's operators over the predicted ones."""
     try:
-        measured = plan_from_json(plan)
+        measured = plan_from_json(plan).layers
     except ValueError as error:
         raise ConfigError(f"measured is {path}, but {error}") from error
     was = plan.get("conditions", {}).get("ep_size", choice.ep_size)

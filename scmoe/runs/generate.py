@@ -239,8 +239,7 @@ def how_passes_run(model: Any) -> dict[str, str]:
     prefill = configured
     if any(isinstance(block.moe.dispatcher, Blocking) for block in between_ranks):
         prefill += ", sequential"
-    if schedule.batches_in_flight == 2:
-        prefill += ", two batches in flight"
+    prefill += schedule.batches_in_words
     return {"prefill": prefill, "decode": "sequential" if between_ranks else configured}
 
 

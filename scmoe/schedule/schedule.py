@@ -182,3 +182,17 @@ class ModelSchedule:
     def in_one_batch(self) -> "ModelSchedule":
         """Return the same schedules of the blocks with one batch in flight."""
         return ModelSchedule(self.blocks)
+
+    def in_batches_of(self, other: "ModelSchedule") -> "ModelSchedule":
+        """Return the same schedules of the blocks with as many batches in flight as another."""
+        return ModelSchedule(self.blocks, other.batches_in_flight)
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether operators can be timed: those of two batches in flight overlap each other."""
+        return self.batches_in_flight == 1
+
+    @property
+    def batches_in_words(self) -> str:
+        """The batches in flight as the end of a label; nothing for one."""
+        return ", two batches in flight" if self.batches_in_flight == 2 else ""

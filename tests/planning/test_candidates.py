@@ -3,21 +3,22 @@
 import pytest
 
 from scmoe.planning.candidates import CANDIDATES, shortlist, still_fastest
-from scmoe.planning.pricing import LayerChoice, predicted
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.schedule import Schedule
 
 
 def test_what_is_tried_are_the_best_of_each_number_of_chunks_and_those_near_the_lowest():
-    def candidate(chunks: int, ms: float) -> list[LayerChoice]:
+    def candidate(chunks: int, ms: float) -> ModelChoice:
         times = {chunks: OperatorTimes({"attention": ms})}
-        return [LayerChoice(Schedule("scmoe", "pos1", 0, chunks), times, (1.0, 1.0))]
+        layer = LayerChoice(Schedule("scmoe", "pos1", 0, chunks), times, (1.0, 1.0))
+        return ModelChoice((layer,))
 
     priced = {
         1: [candidate(1, ms) for ms in (10.0, 10.9, 11.2)],
         2: [candidate(2, ms) for ms in (14.0, 14.1)],
     }
-    assert [predicted(choices) for choices in shortlist(priced)] == [10.0, 14.0, 10.9]
+    assert [choice.predicted for choice in shortlist(priced)] == [10.0, 14.0, 10.9]
     many = {1: [candidate(1, 10.0 + i / 100) for i in range(2 * CANDIDATES)]}
     assert len(shortlist(many)) == CANDIDATES
 

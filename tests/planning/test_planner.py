@@ -17,8 +17,9 @@ import torch
 
 from scmoe.models.run_as import run_as, schedule_of
 from scmoe.planning import planner as planner_module
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.planner import MOST_TRIES, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, Sample
+from scmoe.planning.pricing import Sample
 from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.play import Share
 from scmoe.schedule.schedule import ModelSchedule, Schedule
@@ -84,7 +85,7 @@ def test_the_choice_is_within_3_percent_of_the_best(own, ranks):
         with played(own, lambda step, rows=rows: rows, noise=0.02) as (planner, step):
             for _ in range(planner.steps_to_choose):
                 step()
-            assert planner.choices and over_best(planner.choices[0].schedule, rows) <= 1.03, load
+            assert over_best(planner.settled.blocks[0], rows) <= 1.03, load
 
 
 @pytest.mark.parametrize("ranks", (2, 4))
@@ -98,12 +99,11 @@ def test_experts_run_inside_attention_where_that_has_the_lowest_price(ranks):
     ):
         while not planner.has_chosen:
             step()
-        assert planner.priced[1][0][0].schedule == Schedule("scmoe", "pos1", inside_attention=True)
-        assert (
-            planner.choices[0].schedule.inside_attention
-            and over_best(planner.choices[0].schedule, rows) <= 1.03
-        )
-        assert all(choice.eq11.inside_attention is False for choice in planner.choices)
+        (best, *_) = planner.priced[1]
+        assert best.layers[0].schedule == Schedule("scmoe", "pos1", inside_attention=True)
+        (layer,) = planner.choice.layers
+        assert layer.schedule.inside_attention and over_best(layer.schedule, rows) <= 1.03
+        assert layer.eq11.inside_attention is False
 
 
 def test_a_trial_takes_the_batches_of_a_step():
@@ -122,7 +122,7 @@ def test_a_trial_takes_the_batches_of_a_step():
                 step()
         runs = [seen[i : i + 4] for i in range(0, len(seen), 4)]
         assert all(len(set(run)) == 1 and len(run) == 4 for run in runs)
-        assert planner.choices[0].schedule.chunks == 1 and len(runs) <= MOST_TRIES
+        assert planner.choice.layers[0].schedule.chunks == 1 and len(runs) <= MOST_TRIES
 
 
 def test_a_validation_between_two_steps_runs_as_chosen_or_as_configured():
@@ -141,8 +141,8 @@ def test_a_validation_between_two_steps_runs_as_chosen_or_as_configured():
             step()
         assert schedule_of(planner.model) == ModelSchedule((own,))
         step()
-        (choice,) = planner.choices
-        assert schedule_of(planner.model) == ModelSchedule((choice.schedule,), 2)
+        (layer,) = planner.choice.layers
+        assert schedule_of(planner.model) == ModelSchedule((layer.schedule,), 2)
 
 
 def test_with_few_tries_each_candidate_is_tried_once():
@@ -162,11 +162,9 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
     planner = Planner.__new__(Planner)
     forward = {"dispatch": 0.025, "combine": 0.025, "attention": 0.05}
     backward = {"dispatch": 0.0005, "combine": 0.0005, "attention": 0.05}
-    planner.choices = [
-        LayerChoice(
-            Schedule("scmoe", "pos1", 1), {1: OperatorTimes(forward, backward)}, (0.1, 0.051)
-        )
-    ]
+    times = {1: OperatorTimes(forward, backward)}
+    layer = LayerChoice(Schedule("scmoe", "pos1", 1), times, (0.1, 0.051))
+    planner.choice = ModelChoice((layer,))
     planner.overlap = None
     unread = torch.zeros(1, 2)
     planner.note_overlap(Sample(unread, unread, unread, torch.tensor([[0.06, 0.0505]])))
@@ -182,7 +180,7 @@ def test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logge
             {"dispatch": 0.010, "combine": 0.010}, {"dispatch": 0.010, "combine": 0.010}
         )
     }
-    choices = [LayerChoice(Schedule("scmoe", "pos1", 1), times, (0.04, 0.04))]
+    choice = ModelChoice((LayerChoice(Schedule("scmoe", "pos1", 1), times, (0.04, 0.04)),))
     callback, logged = AdaptiveSchedule(auto=False, chunks=(1,)), []
     trainer: Any = SimpleNamespace(
         is_global_zero=True, accumulate_grad_batches=1, log_every_n_steps=1
@@ -191,7 +189,7 @@ def test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logge
     said = []
     for _ in range(3):
         overlap = Overlap([0.05, 0.05], [0.5, 0.5], [0.75, None])
-        planner: Any = SimpleNamespace(end_step=lambda: None, choices=choices, overlap=overlap)
+        planner: Any = SimpleNamespace(end_step=lambda: None, choice=choice, overlap=overlap)
         callback.planner = planner
         callback.on_train_batch_end(trainer, module, None, None, 0)
         said.append(capsys.readouterr().err)
@@ -210,7 +208,7 @@ def test_without_auto_a_network_keeps_the_batches_in_flight_that_were_set_by_han
     planner: Any = SimpleNamespace(
         begin_step=lambda timed: steps.append("begin"),
         end_step=lambda: steps.append("end"),
-        choices=[],
+        choice=None,
         overlap=None,
     )
     callback.planner = planner

@@ -75,7 +75,7 @@ class Stack(nn.Module):
 
 def planned(rank: int, world_size: int) -> tuple[set[int], int, Any]:
     """Return the numbers of batches in flight before the choice, the one after it, and the
-    choices."""
+    choice."""
     dist.init_process_group("gloo")
     stack = Stack(rank, world_size)
     planner = Planner(stack, None, torch.device("cpu"), (1,), numbers_in_flight=(1, 2))
@@ -94,7 +94,7 @@ def planned(rank: int, world_size: int) -> tuple[set[int], int, Any]:
     assert all(block.recorder is None for block in stack.blocks)
     planner.close()
     assert schedule_of(stack).batches_in_flight == chosen
-    return seen, chosen, planner.choices
+    return seen, chosen, planner.choice
 
 
 def test_two_batches_are_chosen_on_slow_links():
@@ -102,5 +102,5 @@ def test_two_batches_are_chosen_on_slow_links():
     ours, theirs = run_ranks(planned, 2)
     assert ours == theirs
     assert ours[:2] == ({1, 2}, 2)
-    (choice, _) = ours[2]
+    (choice, _) = ours[2].layers
     assert choice.times[1].forward["before"] >= 3 * SUBLAYER_MS / 1e3

@@ -29,15 +29,9 @@ from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.planning import candidates, pricing
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import FEWEST_ROUNDS
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.planner import STEPS_EACH, WARMUP_STEPS, Planner
-from scmoe.planning.pricing import (
-    OPERATORS,
-    LayerChoice,
-    Sample,
-    operator_names,
-    slowest,
-    start_clocks,
-)
+from scmoe.planning.pricing import OPERATORS, Sample, operator_names, slowest, start_clocks
 from scmoe.schedule.cost import best_schedule, slots
 from scmoe.schedule.play import PER_CHUNK
 from scmoe.schedule.schedule import Schedule
@@ -78,8 +72,8 @@ def train(blocks: list[MoEBlock], optimizer: torch.optim.Optimizer, seed: int) -
 @ONE
 def training(
     rank: int, world_size: int, kind: str
-) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
-    """Return weights after some SGD steps, the choices, and how many steps waited for each
+) -> tuple[list[torch.Tensor], ModelChoice | None, int]:
+    """Return weights after some SGD steps, the choice, and how many steps waited for each
     transfer at once."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -101,17 +95,15 @@ def training(
             planner.end_step()
     assert all(block.recorder is None and block.moe.recorder is None for block in blocks)
     assert not any(isinstance(block.moe.dispatcher, Blocking) for block in blocks)
-    if planner.choices:
-        assert [block.schedule for block in blocks] == [
-            choice.schedule for choice in planner.choices
-        ]
+    if planner.choice is not None:
+        assert tuple(block.schedule for block in blocks) == planner.choice.schedule.blocks
         assert planner.overlap is not None and min(planner.overlap.seconds) > 0
-    return [p.detach() for b in blocks for p in b.parameters()], planner.choices, blocking
+    return [p.detach() for b in blocks for p in b.parameters()], planner.choice, blocking
 
 
 def trainings(
     rank: int, world_size: int
-) -> list[tuple[list[torch.Tensor], list[LayerChoice], int]]:
+) -> list[tuple[list[torch.Tensor], ModelChoice | None, int]]:
     return [training(rank, world_size, kind) for kind in ("none", "auto", "fixed")]
 
 
@@ -121,18 +113,18 @@ def test_the_choice_is_equal_on_all_ranks_and_changes_no_bit():
         for (weights, _, blocking), (expected, _, _) in zip(results, plain, strict=True):
             assert all(torch.equal(w, e) for w, e in zip(weights, expected, strict=True))
             assert blocking == STEPS_EACH
-    (_, choices, _), (_, others, _) = auto
-    assert choices == others and [len(choice.times) for choice in choices] == [1, 1]
+    (_, choice, _), (_, other, _) = auto
+    assert choice == other and [len(layer.times) for layer in choice.layers] == [1, 1]
     whole = [
         schedule for schedule in slots(Schedule("scmoe", "pos2")) if not schedule.inside_attention
     ]
-    assert choices[0].schedule == best_schedule(
-        whole, choices[0].times
-    )  # the slow attention has no parts
-    slow_s, of_one = ATTENTION_MS / 1e3, choices[0].times[1]
+    shortcut, standard = choice.layers
+    # the slow attention has no parts
+    assert shortcut.schedule == best_schedule(whole, shortcut.times)
+    slow_s, of_one = ATTENTION_MS / 1e3, shortcut.times[1]
     assert of_one.forward["attention"] >= slow_s and of_one.backward["attention"] >= 2 * slow_s
-    assert choices[1].schedule == Schedule("top_k")
-    assert fixed[0][1][0].schedule == Schedule("scmoe", "pos2", 3)
+    assert standard.schedule == Schedule("top_k")
+    assert fixed[0][1].layers[0].schedule == Schedule("scmoe", "pos2", 3)
 
 
 # ---------------------------------------------------------------------- chunks
@@ -162,7 +154,7 @@ def rigged(seconds: dict[str, float], rank: int, schedule: Schedule) -> torch.Te
 class Log(NamedTuple):
     weights: list[torch.Tensor]
     ran: list[tuple[int, int]]  # slot and chunks of the shortcut block in each step
-    choices: list[list[LayerChoice]]  # in the order in which they were made
+    choices: list[ModelChoice]  # in the order in which they were made
 
 
 def planned_training(
@@ -209,8 +201,8 @@ def planned_training(
             train(blocks, optimizer, seed=10 * step + rank)
             if planner is not None:
                 planner.end_step()
-                if planner.choices and planner.choices not in log.choices:
-                    log.choices.append(planner.choices)
+                if planner.choice is not None and planner.choice not in log.choices:
+                    log.choices.append(planner.choice)
     log.weights.extend(p.detach() for b in blocks for p in b.parameters())
     return log
 
@@ -232,7 +224,8 @@ def test_schedules_of_low_price_are_tried_in_turn_and_the_one_with_the_fastest_s
         ] * STEPS_EACH
         assert log.ran[measured:steps] == candidates * FEWEST_ROUNDS
         assert log.ran[steps:] == [fastest] * 2
-        ((shortcut, standard),) = log.choices
+        (choice,) = log.choices
+        (shortcut, standard) = choice.layers
         assert list(shortcut.times) == list(standard.times) == [1, 2]
         assert shortcut.schedule == Schedule("scmoe", "pos2", *fastest)
         assert standard.schedule == Schedule("top_k", chunks=fastest[1])
@@ -262,8 +255,9 @@ def four_chunks(rank: int, world_size: int) -> list[Log]:
 def test_a_fixed_number_of_chunks_is_kept_in_every_step_and_no_bit_changes():
     for plain, auto, fixed in run_ranks(four_chunks, 2):
         assert {chunks for log in (plain, auto, fixed) for _, chunks in log.ran} == {4}
-        assert auto.choices[0][0].schedule.slot != 3 and auto.choices[0][0].schedule.chunks == 4
-        assert fixed.choices[0][0].schedule == Schedule("scmoe", "pos2", 3, chunks=4)
+        chosen = auto.choices[0].layers[0].schedule
+        assert chosen.slot != 3 and chosen.chunks == 4
+        assert fixed.choices[0].layers[0].schedule == Schedule("scmoe", "pos2", 3, chunks=4)
         for log in (auto, fixed):
             assert all(torch.equal(w, e) for w, e in zip(log.weights, plain.weights, strict=True))
 

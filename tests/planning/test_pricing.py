@@ -14,11 +14,11 @@ import torch
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Mark, Recorder
 from scmoe.planning import pricing
+from scmoe.planning.choice import LayerChoice
 from scmoe.planning.planner import hidden_part
 from scmoe.planning.pricing import (
     DIRECTIONS,
     OPERATORS,
-    LayerChoice,
     Sample,
     choice_at_slot,
     measured,
@@ -130,7 +130,8 @@ def seconds(recorders: list[Recorder], schedule: Schedule, ep_size: int | None =
 
 def priced(schedule: Schedule, ranks: int, load: float) -> LayerChoice:
     sample = seconds(step(schedule, ranks, load, sequential=True), schedule)
-    return price({schedule.chunks: [sample] * 3}, [schedule], fixed=True)[schedule.chunks][0][0]
+    priced = price({schedule.chunks: [sample] * 3}, [schedule], fixed=True)
+    return priced[schedule.chunks][0].layers[0]
 
 
 @SKEW

@@ -23,10 +23,11 @@ from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.recorder import Recorder
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import CANDIDATES_IN_HALVES, shortlist, shortlist_in_flight
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.plan_file import in_flight_from, plan_from_json, plan_to_json
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
-from scmoe.planning.pricing import LayerChoice, Sample, predicted
+from scmoe.planning.pricing import Sample
 from scmoe.runs.evaluate.evaluation import ran_two_batches, with_batch_of_a_rank
 from scmoe.schedule.cost import OperatorTimes, computing_time, elapsed_time, slots
 from scmoe.schedule.play import BEFORE, TRANSFERS, order_of
@@ -155,18 +156,19 @@ def priced(transfer_ms, chunks=(1, 2, 4)):
     times = {BEFORE: 20.0, "experts": 4.0, "dispatch": transfer_ms, "combine": transfer_ms}
     of_chunks = {n: OperatorTimes(times, times) for n in chunks}
     return {
-        n: [[LayerChoice(Schedule("top_k", chunks=n), of_chunks, (0.0, 0.0))] * 2] for n in chunks
+        n: [ModelChoice((LayerChoice(Schedule("top_k", chunks=n), of_chunks, (0.0, 0.0)),) * 2)]
+        for n in chunks
     }
 
 
 def test_one_batch_and_two_are_tried_and_chunks_with_two_where_their_price_is_lower():
     candidates = shortlist_in_flight(priced(10.0), (1, 2))
-    one = [choices for choices in candidates if choices[0].batches_in_flight == 1]
-    two = [choices for choices in candidates if choices[0].batches_in_flight == 2]
+    one = [choice for choice in candidates if choice.batches == 1]
+    two = [choice for choice in candidates if choice.batches == 2]
     assert one == shortlist(priced(10.0)) == shortlist_in_flight(priced(10.0), (1,))
-    assert 1 <= len(two) <= CANDIDATES_IN_HALVES and two[0][0].schedule.chunks == 1
-    assert predicted(two[0]) < min(map(predicted, one))
-    assert all(predicted(more) < predicted(two[0]) for more in two[1:])
+    assert 1 <= len(two) <= CANDIDATES_IN_HALVES and two[0].layers[0].schedule.chunks == 1
+    assert two[0].predicted < min(choice.predicted for choice in one)
+    assert all(more.predicted < two[0].predicted for more in two[1:])
     assert len(shortlist_in_flight(priced(0.1), (2,))) == 1, "chunks gain nothing there"
 
 
@@ -231,9 +233,9 @@ class Machine:
                 planner.end_step()
             planner.begin_step(timed=True)
             planner.end_step()
-        (choice, other) = planner.choices
-        assert choice == other
-        return choice, schedule_of(model).batches_in_flight
+        (layer, other) = planner.choice.layers
+        assert layer == other
+        return planner.choice, schedule_of(model).batches_in_flight
 
 
 @pytest.mark.parametrize("longer", [1.0, 1.12])
@@ -242,7 +244,8 @@ def test_the_choice_is_within_3_percent_of_the_best_of_one_and_two_batches(trans
     machine = Machine(transfer_ms, 1.0, longer)
     for name in (("top_k", None), ("shared_expert", None), ("scmoe", "pos2"), ("scmoe", "pos3")):
         choice, in_flight = machine.chosen(Schedule(*name), (1, 2))
-        assert choice.batches_in_flight == in_flight
+        assert choice.batches == in_flight
+        chosen = choice.layers[0].schedule
         every = {
             (schedule, batches): machine.step_ms(schedule, batches)
             for chunks in (1, 2, 4)
@@ -250,11 +253,7 @@ def test_the_choice_is_within_3_percent_of_the_best_of_one_and_two_batches(trans
             for batches in (1, 2)
         }
         best = min(every, key=every.get)
-        assert every[choice.schedule, in_flight] <= 1.03 * every[best], (
-            name,
-            best,
-            choice.schedule,
-        )
+        assert every[chosen, in_flight] <= 1.03 * every[best], (name, best, chosen)
 
 
 def test_two_batches_are_chosen_for_long_transfers_and_one_where_halving_costs_more():
@@ -287,10 +286,10 @@ def test_auto_tries_two_batches_where_they_would_be_accepted(words, may):
 
 def test_a_plan_with_two_batches_survives_its_file_and_is_drawn_in_halves(tmp_path):
     choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
-    plan = plan_to_json([choice] * 2, {}, 9)
-    assert plan_from_json(plan) == [choice] * 2
-    assert sum(layer["predicted_s"] for layer in plan["layers"]) == predicted([choice] * 2)
-    assert all("two batches in flight" in line for line in plan_lines([choice] * 2))
+    plan = plan_to_json(choice, {}, 9)
+    assert plan_from_json(plan) == choice
+    assert sum(layer["predicted_s"] for layer in plan["layers"]) == choice.predicted
+    assert all("two batches in flight" in line for line in plan_lines(choice))
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     drawn = []
     with patch.object(timeline, "draw", lambda rows, *_: drawn.append(rows)):
@@ -303,11 +302,9 @@ def test_an_evaluation_knows_the_number_of_batches_that_auto_has_chosen(tmp_path
     config = load(None, ["trainer.devices=2", "schedule.auto=true"])
     assert not ran_two_batches(tmp_path, config, 20), "nothing is chosen yet"
     choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
-    (tmp_path / "plan.json").write_text(json.dumps(plan_to_json([choice] * 2, {}, 9)))
+    (tmp_path / "plan.json").write_text(json.dumps(plan_to_json(choice, {}, 9)))
     assert ran_two_batches(tmp_path, config, 10) and not ran_two_batches(tmp_path, config, 9)
-    one = plan_to_json(
-        [replace(choice, batches_in_flight=1)] * 2, {}, 30, read_json(tmp_path / "plan.json")
-    )
+    one = plan_to_json(replace(choice, batches=1), {}, 30, read_json(tmp_path / "plan.json"))
     (tmp_path / "plan.json").write_text(json.dumps(one))
     assert ran_two_batches(tmp_path, config, 30), "a later choice hides no earlier one"
     assert not ran_two_batches(tmp_path, config, 31)
@@ -324,8 +321,8 @@ def test_a_run_resumed_from_before_its_choice_has_the_chosen_number_from_there(
 ):
     path = tmp_path / "plan.json"
     choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
-    one = plan_to_json([replace(choice, batches_in_flight=1)], {}, 9)
-    path.write_text(json.dumps(plan_to_json([choice], {}, 30, one)))
+    one = plan_to_json(replace(choice, batches=1), {}, 9)
+    path.write_text(json.dumps(plan_to_json(choice, {}, 30, one)))
     callback = AdaptiveSchedule(auto=True, chunks=(2,), plan=path)
     callback.planner = Planner(nn.ModuleList(), None, torch.device("cpu"))
     trainer: Any = SimpleNamespace(

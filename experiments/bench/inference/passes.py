@@ -13,11 +13,12 @@ from scmoe.inference.generate import decode, prefill
 from scmoe.models.decoder import Decoder
 from scmoe.moe.recorder import Recorder
 from scmoe.planning.candidates import shortlist_in_flight
+from scmoe.planning.choice import ModelChoice
 from scmoe.planning.planner import Planner
-from scmoe.planning.pricing import LayerChoice, slowest, start_clocks
+from scmoe.planning.pricing import slowest, start_clocks
 from scmoe.schedule.schedule import Schedule
 
-Priced = Mapping[int, Sequence[list[LayerChoice]]]  # by number of chunks
+Priced = Mapping[int, Sequence[ModelChoice]]  # by number of chunks
 PASSES: dict[Shape, int] = {"prefill": 1, "decode": 5}  # timed together
 
 
@@ -59,17 +60,12 @@ def price_passes(
 
 def best_schedules(priced: Priced) -> dict[int, tuple[Schedule, ...]]:
     """Return the best schedule of each MoE layer by number of chunks."""
-    return {chunks: schedules_of(choices) for chunks, (choices, *_) in priced.items()}
+    return {chunks: best.schedule.blocks for chunks, (best, *_) in priced.items()}
 
 
 def best_in_halves(priced: Priced) -> tuple[Schedule, ...]:
     """Return the best schedule of each MoE layer with two batches in flight, in one chunk each."""
-    return schedules_of(shortlist_in_flight({1: priced[1]}, (2,))[0])
-
-
-def schedules_of(choices: Sequence[LayerChoice]) -> tuple[Schedule, ...]:
-    """Return what each MoE layer runs as."""
-    return tuple(choice.schedule for choice in choices)
+    return shortlist_in_flight({1: priced[1]}, (2,))[0].schedule.blocks
 
 
 def pass_seconds(

@@ -20,8 +20,8 @@ from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant, between_and_inside, chosen_by
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED
+from scmoe.planning.choice import ModelChoice
 from scmoe.planning.clock import median
-from scmoe.planning.pricing import LayerChoice
 from scmoe.predict.row_names import TWO, batches_of
 from scmoe.schedule.cost import slots
 
@@ -32,14 +32,14 @@ FINALISTS = 3
 
 
 class PlannedRow(NamedTuple):
-    """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of
+    """One row at one load. choice: the planner's. chosen: its variant. finalists: the variants of
     the rounds, with the best one. peak_mb: memory of a step. dropped: share of copies; None where
     no uneven load is measured. one_batch_peak_mb: memory of a step at the same schedule with one
     batch in flight; None where the row has no more. auto: what `schedule=auto` runs, which chooses
     the number of batches in flight too; None where the row with two was not asked for.
     """
 
-    choices: Sequence[LayerChoice]
+    choice: ModelChoice
     chosen: Variant
     finalists: Sequence[Variant]
     best: Variant
@@ -70,10 +70,10 @@ def block_seconds(
 
 
 class Planned(NamedTuple):
-    """One row at one load before the rounds. choices: the planner's. chosen: its variant.
+    """One row at one load before the rounds. choice: the planner's. chosen: its variant.
     candidates: the row at every schedule."""
 
-    choices: Sequence[LayerChoice]
+    choice: ModelChoice
     chosen: Variant
     candidates: Sequence[Variant]
 
@@ -110,7 +110,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measureme
         dropped = bench.dropped(best) if setting.loads else None
         in_one_batch = replace(best, batches_in_flight=1)
         rows[load][row] = PlannedRow(
-            planned[load, row].choices,
+            planned[load, row].choice,
             planned[load, row].chosen,
             variants,
             best,
@@ -143,8 +143,8 @@ def plan(bench: Bench, load: str, row: str, candidates: Sequence[Variant]) -> Pl
     """Return the planner's choice for a row at a load, beside all schedules that it can have."""
     say_once(f"planning {row}" + (f" at {load}" if bench.setting.loads else ""))
     block, chunk_counts = ROWS[bench.setting.every][row]
-    choices = bench.choose(block, chunk_counts, load, (batches_of(row),))
-    return Planned(choices, chosen_by(choices, block, load), candidates)
+    choice = bench.choose(block, chunk_counts, load, (batches_of(row),))
+    return Planned(choice, chosen_by(choice, block, load), candidates)
 
 
 def auto_variant(bench: Bench, load: str, row: str) -> Variant:

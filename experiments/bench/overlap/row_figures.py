@@ -42,7 +42,7 @@ def measured_row(measured: Measurement, name: str) -> Row:
     sequential = block_seconds(measured, block, "sequential")
     free = block_seconds(measured, block, "free")
     forward, train = top2.forward / best.forward, top2.train / best.train
-    exposed = setting.accumulate * modelled_wait(row.best, row.choices)
+    exposed = setting.accumulate * modelled_wait(row.best, row.choice)
     figures = Row(
         forward_ms=1e3 * median(best.forward),
         train_ms=1e3 * median(best.train),
@@ -74,7 +74,7 @@ def measured_row(measured: Measurement, name: str) -> Row:
         **over_best(measured, name),
     )
     if setting.every == 1:  # Nous' first block has a shorter window
-        figures = replace(figures, auto_slots=[each.schedule.place for each in row.choices])
+        figures = replace(figures, auto_slots=[each.place for each in row.choice.schedule.blocks])
     if setting.level == "iteration":
         figures = replace(
             figures,

@@ -164,7 +164,7 @@ def summary(measured: Measurement, balanced: Measurement | None = None) -> dict[
         report["layout"] = setting.layout
     report |= fastest_rows(measured, rows)
     if "top2" in rows:
-        report["top2_operators_ms"] = operators_ms(measured.rows["top2"].choices[0].times[1])
+        report["top2_operators_ms"] = operators_ms(measured.rows["top2"].choice.layers[0].times[1])
         report["calibration"] = calibration_of(balanced or measured)
     return {**report, "rows": to_json(rows)}
 
@@ -214,7 +214,7 @@ def calibration_of(balanced: Measurement) -> dict[str, Any]:
             "backward": 1e3 * median(measured_halves.backward - measured_halves.update) / batches,
         }
     return {
-        "operators_ms": operators_ms(balanced.rows["top2"].choices[0].times[1]),
+        "operators_ms": operators_ms(balanced.rows["top2"].choice.layers[0].times[1]),
         "free_forward_ms": 1e3 * median(alone.train_forward) / batches,
         "free_backward_ms": 1e3 * median(alone.backward - alone.update) / batches,
         "update_ms": 1e3 * median(alone.update),

@@ -6,7 +6,6 @@ The five timelines of the figure (TIMELINES) run on shaped links as in `bench ov
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.plan_file import plan_from_json
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, batches_in_flight, from_tap, in_halves
+from scmoe.planning.pricing import DIRECTIONS, from_tap
 from scmoe.schedule.cost import per_chunk, play_block
 from scmoe.schedule.play import Span, elapsed
 from scmoe.schedule.stack import play_stack
@@ -72,7 +72,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
     no plan."""
     path = run_dir / "plan.json"
     try:
-        choices = plan_from_json(json.loads(path.read_text(encoding="utf-8")))
+        choice = plan_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--run is {str(run_dir)!r}, which has no plan: {error}. Give a run with schedule=auto"
@@ -81,18 +81,18 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
     pictures = []
     for direction in DIRECTIONS:
         rows = {}
-        for layer, choice in enumerate(choices, 1):
-            schedule = choice.schedule
+        for number, layer in enumerate(choice.layers, 1):
+            schedule = layer.schedule
             title = (
-                f"MoE layer {layer}: {schedule.name}, {schedule.place}, {schedule.chunks} chunk(s)"
+                f"MoE layer {number}: {schedule.name}, {schedule.place}, {schedule.chunks} chunk(s)"
             )
-            rows[f"MoE layer {layer}, sequential"] = planned_spans(
-                choice, direction, sequential=True
+            rows[f"MoE layer {number}, sequential"] = planned_spans(
+                layer, direction, sequential=True
             )
-            if choice.batches_in_flight == 1:
-                rows[title] = planned_spans(choice, direction, sequential=False)
-        if batches_in_flight(choices) == 2:
-            rows |= planned_halves(choices, direction)
+            if choice.batches == 1:
+                rows[title] = planned_spans(layer, direction, sequential=False)
+        if choice.batches == 2:
+            rows |= planned_halves(choice, direction)
         picture = run_dir / "analysis" / f"plan-{direction}.png"
         words = (
             f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}"
@@ -119,7 +119,7 @@ def watch(
             title.format(position.capitalize().replace("s", "s-")),
             block.format(position),
         )
-        (choice,) = bench.choose(block, chunks)
+        (choice,) = bench.choose(block, chunks).layers
         variant = Variant(block, choice.schedule, transfers)
         for direction in DIRECTIONS:
             timelines[direction][f"{title}: planned"] = planned_spans(
@@ -138,12 +138,12 @@ def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -
     return play_block(schedule, times, direction == "backward", sequential)
 
 
-def planned_halves(choices: Sequence[LayerChoice], direction: Direction) -> dict[str, list[Span]]:
+def planned_halves(choice: ModelChoice, direction: Direction) -> dict[str, list[Span]]:
     """Return the spans of each half of the batch in all layers that the cost model predicts, in ms.
 
     `before` is all that a block computes before its tap.
     """
-    spans = play_stack(in_halves(choices), direction)
+    spans = play_stack(choice.halves, direction)
     return {
         f"half {half + 1} in all MoE layers": [
             Span(span.operator, 1e3 * span.start, 1e3 * span.end)

@@ -59,7 +59,7 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
     one_batch = here.best.batches_in_flight == 1  # uneven halves are not played
     if one_batch and load.kind != "ragged" and setting.layout in (None, "dropless"):
         sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
-        windows = planned_windows(here.best, there.choices)
+        windows = planned_windows(here.best, there.choice)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [
             sum(window_s(*w, load, sizes, setting.tokens, step) for w in windows)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files import read_json, try_to_write_json
 from scmoe.models.run_as import schedule_of
+from scmoe.planning.choice import ModelChoice
 from scmoe.planning.plan_file import (
     NO_PLAN,
     Plan,
@@ -21,7 +22,7 @@ from scmoe.planning.plan_file import (
     up_to,
 )
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, batches_in_flight, predicted_and_exposed
+from scmoe.planning.pricing import DIRECTIONS
 from scmoe.training.callbacks.logged_steps import logs_now
 
 TRIES_TWO = (
@@ -61,7 +62,7 @@ class AdaptiveSchedule(Callback):
         self.conditions: dict[str, Any] = {}  # under which a plan is valid
         self.earlier: Plan = NO_PLAN  # what this run has kept last, on rank 0
         self.planner: Planner | None = None
-        self.shown: list[LayerChoice] = []
+        self.shown: ModelChoice | None = None
         self.show_what_ran = False
         self.measures = True  # in the batch that runs
 
@@ -110,12 +111,13 @@ class AdaptiveSchedule(Callback):
         kept = trainer.strategy.broadcast(dict(kept))
         if not kept:
             return False
-        planner.take(plan_from_json(kept))
-        self.shown, self.show_what_ran = planner.choices, True
+        choice = plan_from_json(kept)
+        planner.take(choice)
+        self.shown, self.show_what_ran = choice, True
         if trainer.is_global_zero:
-            show(planner.choices)
+            show(choice)
             if in_flight_from(kept) != in_flight_from(self.earlier):  # chosen at a later step
-                self.keep(planner.choices, trainer.global_step)
+                self.keep(choice, trainer.global_step)
         return True
 
     def on_train_end(self, *_: Any) -> None:
@@ -130,8 +132,7 @@ class AdaptiveSchedule(Callback):
     ) -> None:
         if self.planner is None:
             return
-        # operators of two batches in flight overlap each other, so none is measured
-        self.measures = self.auto or schedule_of(module).batches_in_flight == 1
+        self.measures = self.auto or schedule_of(module).is_measurable
         if self.measures:
             self.planner.begin_step(timed=logs_now(trainer, batch_idx))
 
@@ -141,48 +142,50 @@ class AdaptiveSchedule(Callback):
         if self.planner is None or not self.measures:
             return
         self.planner.end_step()
-        choices = self.planner.choices
-        if choices and not self.shown:
-            self.shown, self.show_what_ran = choices, True
+        choice = self.planner.choice
+        if choice is None:
+            return
+        if self.shown is None:
+            self.shown, self.show_what_ran = choice, True
             if self.auto and trainer.is_global_zero:
-                show(choices)
-                self.keep(choices, trainer.global_step)
+                show(choice)
+                self.keep(choice, trainer.global_step)
 
         overlap = self.planner.overlap
         if overlap is not None and logs_now(trainer, batch_idx):
-            module.log_dict(overlap_metrics(choices, overlap))
+            module.log_dict(overlap_metrics(choice, overlap))
             if self.show_what_ran and trainer.is_global_zero:
                 print(what_ran(overlap), file=sys.stderr, flush=True)
             self.show_what_ran = False
 
-    def keep(self, choices: list[LayerChoice], step: int) -> None:
+    def keep(self, choice: ModelChoice, step: int) -> None:
         """Write the plan where a resumed run finds it. step: from which on it runs."""
         if self.plan is not None:
-            self.earlier = plan_to_json(choices, self.conditions, step, self.earlier)
+            self.earlier = plan_to_json(choice, self.conditions, step, self.earlier)
             try_to_write_json(self.plan, self.earlier)
 
 
-def show(choices: list[LayerChoice]) -> None:
+def show(choice: ModelChoice) -> None:
     """Print a plan."""
-    print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
+    print("\n".join(plan_lines(choice)), file=sys.stderr, flush=True)
 
 
-def plan_lines(choices: list[LayerChoice]) -> list[str]:
+def plan_lines(choice: ModelChoice) -> list[str]:
     """Return a line for each run of neighbouring layers with the same schedule."""
     lines = []
-    times = predicted_and_exposed(choices)
-    halves = ", two batches in flight" if batches_in_flight(choices) == 2 else ""
+    times = choice.predicted_and_exposed
     for schedule, group in itertools.groupby(
-        enumerate(choices, 1), key=lambda item: item[1].schedule
+        enumerate(choice.layers, 1), key=lambda item: item[1].schedule
     ):
-        (first, choice), *rest = group
+        (first, layer), *rest = group
         predicted, exposed = times[first - 1]
         layers = f"MoE layers {first} to {rest[-1][0]}" if rest else f"MoE layer {first}"
         lines.append(
             f"plan: {layers}: {schedule.name}, {schedule.place} of 0 to {len(schedule.window)},"
-            f" {schedule.chunks} chunk(s){halves}: {1e3 * predicted:.1f} ms forward and backward,"
+            f" {schedule.chunks} chunk(s){choice.schedule.batches_in_words}:"
+            f" {1e3 * predicted:.1f} ms forward and backward,"
             f" of which {1e3 * exposed:.1f} ms wait for transfers (Eq. 11 would choose slot"
-            f" {choice.eq11.slot})"
+            f" {layer.eq11.slot})"
         )
     return lines
 
@@ -202,12 +205,12 @@ def what_ran(overlap: Overlap) -> str:
     return f"overlap: {'; '.join(words)}"
 
 
-def overlap_metrics(choices: list[LayerChoice], overlap: Overlap) -> dict[str, float]:
+def overlap_metrics(choice: ModelChoice, overlap: Overlap) -> dict[str, float]:
     """Return the metrics of a timed step: the hidden parts that were measured, communication's
     shares of the time without overlap, and the windows' time with the predicted one."""
     metrics = {
         "overlap/windows_ms": 1e3 * sum(overlap.seconds),
-        "overlap/predicted_ms": 1e3 * sum(choice.predicted for choice in choices),
+        "overlap/predicted_ms": 1e3 * sum(layer.predicted for layer in choice.layers),
     }
     for direction, share, part in zip(DIRECTIONS, overlap.shares, overlap.efficiency, strict=True):
         metrics[f"overlap/{direction}_share"] = share

@@ -15,7 +15,7 @@ from experiments.bench.training.slow_network import ROWS_OF_TWO_BATCHES, TRAINED
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
-from scmoe.planning.pricing import LayerChoice
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.predict.row_names import architecture_of, batches_of
 from scmoe.schedule.cost import OperatorTimes, exposed_time
 from scmoe.schedule.schedule import Schedule
@@ -91,8 +91,9 @@ def test_a_row_is_compared_with_the_best_of_top_2_and_with_the_best_without_a_sh
 
 def test_the_model_s_waits_are_those_of_the_row_s_batches_in_flight():
     times = {1: OperatorTimes({"before": 8.0, "dispatch": 2.0, "experts": 1.0, "combine": 2.0})}
-    choices = [LayerChoice(Schedule("top_k"), times, (0.0, 0.0), batches) for batches in (1, 2)]
-    one, two = (chosen_by([choice], "top2", "balanced") for choice in choices)
+    layer = LayerChoice(Schedule("top_k"), times, (0.0, 0.0))
+    choices = [ModelChoice((layer,), batches) for batches in (1, 2)]
+    one, two = (chosen_by(choice, "top2", "balanced") for choice in choices)
     assert (one.batches_in_flight, two.batches_in_flight) == (1, 2)
-    assert modelled_wait(one, choices[:1]) == exposed_time(Schedule("top_k"), times[1]) == 4.0
-    assert modelled_wait(two, choices[1:]) == 2.0
+    assert modelled_wait(one, choices[0]) == exposed_time(Schedule("top_k"), times[1]) == 4.0
+    assert modelled_wait(two, choices[1]) == 2.0

@@ -23,7 +23,8 @@ from experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.command_line import call
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.load import load
-from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
+from scmoe.planning.choice import LayerChoice, ModelChoice
+from scmoe.planning.pricing import OPERATORS, STREAM
 from scmoe.predict.row_names import name_of
 from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
@@ -62,12 +63,13 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
             times[Variant(block, schedule, way)] = (
                 seconds(1.0, 2.5) if way == "sequential" else seconds(1 - share, 2.3)
             )
-        choice = LayerChoice(
+        layer = LayerChoice(
             schedule, {n: OperatorTimes(operators, operators) for n in (1, chunks)}, (1.0, 2.0)
         )
+        choice = ModelChoice((layer,) * asked.moe_blocks)
         best = Variant(block, schedule, f"own {row}")
         times[best] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
-        measured[row] = PlannedRow([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
+        measured[row] = PlannedRow(choice, best, [best], best, peak_mb=1.0)
     gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
     found = Measurement(asked, 100.0, measured, times, gradients, iterations=9)
     return summary(found)

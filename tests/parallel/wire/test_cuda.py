@@ -140,7 +140,7 @@ def test_experts_equal_those_on_a_cpu(dtype, tolerance, counts, activation):
 
 def planned(rank: int, world_size: int) -> None:
     bench = small_bench("cuda")
-    (choice,) = bench.choose("pos2", (1, 2))
+    (choice,) = bench.choose("pos2", (1, 2)).layers
     assert list(choice.times) == [1, 2]
     for times in choice.times.values():
         for direction in (times.forward, times.backward):

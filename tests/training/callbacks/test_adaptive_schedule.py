@@ -99,8 +99,8 @@ def test_a_damaged_plan_is_named_and_not_used(content, tmp_path):
 
 def test_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
     plan = json.loads((planned / "plan.json").read_text())
-    choices = plan_from_json(plan)
-    assert plan_to_json(choices, plan["conditions"], plan["step"]) == plan
+    choice = plan_from_json(plan)
+    assert plan_to_json(choice, plan["conditions"], plan["step"]) == plan
     assert call("bench", "timeline", "--run", str(planned)) == 0
     pictures = json.loads(capsys.readouterr().out)["pictures"]
     assert [Path(picture).read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2

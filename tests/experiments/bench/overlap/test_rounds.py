@@ -11,7 +11,7 @@ from experiments.bench.setting import Setting, pair_setting
 from experiments.bench.stacks import Variant, block_config, chosen_by
 from scmoe.command_line import call
 from scmoe.config.load import load
-from scmoe.planning.pricing import LayerChoice
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 
@@ -126,9 +126,8 @@ def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
     variants = [Variant("nous", schedule) for schedule in carried]
     tried = {variant: variant.block_schedules((first[0], carried[0])) for variant in variants}
     for schedules in ([a, b] for a in first for b in carried):
-        chosen = chosen_by(
-            [LayerChoice(schedule, {}, ()) for schedule in schedules], "nous", "balanced"
-        )
+        layers = tuple(LayerChoice(schedule, {}, ()) for schedule in schedules)
+        chosen = chosen_by(ModelChoice(layers), "nous", "balanced")
         assert chosen.block_schedules((first[0], carried[0])) == schedules
         assert (chosen in tried) == (schedules in tried.values())
     assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], (
