@@ -16,6 +16,7 @@ from typing import Any
 
 from scmoe.config.load import parse_yaml, read_text
 from scmoe.predict.advised_rows import Choice, Simulator
+from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import Profile, overridden, read_profile
 from scmoe.predict.compared_models import Model, models_for
 from scmoe.predict.judged_job import Job, Request, job_in_batches
@@ -144,9 +145,9 @@ def step_of(run: Mapping[str, Any]) -> float:
     overlap = run["overlap"]
     choice = Choice(request.ep_size or 1, model.schedule, sequential=True)
     if overlap == "two_batches":
-        choice = Choice(choice.ep_size, model.schedule, 2, whole=True)
+        choice = Choice(choice.ep_size, model.schedule, InFlight.WHOLE)
     elif overlap == "halves":
-        choice = Choice(choice.ep_size, model.schedule, 2)
+        choice = Choice(choice.ep_size, model.schedule, InFlight.HALVES)
     elif overlap == "chunks":
         choice = Choice(choice.ep_size, replace(model.schedule, chunks=int(run["chunks"])))
     step = Simulator(profile.machine(), job).step(model, choice)

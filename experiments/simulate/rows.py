@@ -13,6 +13,7 @@ from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
 from experiments.simulate.reports import LAUNCH_S, ROUTED, Calibration
 from scmoe.loads import Sizes, load_of
+from scmoe.predict.batches import InFlight
 from scmoe.predict.compared_models import rank_shares
 from scmoe.predict.row_names import batches_of
 from scmoe.predict.shared_link import Sum
@@ -68,7 +69,7 @@ def step_setting(calibration: Calibration, block: str, batches: int) -> StepSett
     has more weights."""
     weights = num_weights(calibration, block) / num_weights(calibration, "top2")
     return StepSetting(
-        batches_in_flight=2 if batches == 2 else 1,
+        batches=InFlight.HALVES if batches == 2 else InFlight.ONE,
         accumulate=calibration.setting.accumulate,
         sums_at_once=2,  # of gloo
         burst=calibration.burst,

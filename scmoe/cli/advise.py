@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError
+from scmoe.predict.batches import InFlight
 from scmoe.report import print_result
 
 if TYPE_CHECKING:
@@ -268,8 +269,7 @@ def row_to_json(row: "AdvisedRow", job: "Job", profile: "Profile") -> dict[str, 
         "ep": choice.ep_size,
         "slot": choice.schedule.slot,
         "chunks": choice.schedule.chunks,
-        "batches_in_flight": choice.batches_in_flight,
-        "whole_batches": choice.whole,
+        **choice.batches.facts,
         "sequential": choice.sequential,
         "exposed_rows_ms": 1e3 * step.exposed_rows,
         "exposed_gradients_ms": 1e3 * step.exposed_gradients,
@@ -333,8 +333,7 @@ def in_words(row: Mapping[str, Any]) -> dict[str, str]:
     way = "waits" if row["sequential"] else f"slot {row['slot']}"
     if chunks > 1:
         way += f", {chunks} chunks"
-    if row["batches_in_flight"] == 2:
-        way += ", 2 batches" if row["whole_batches"] else ", 2 halves"
+    way += InFlight.read(row).in_words
     fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
     return {"way": way, "fits_in_words": fits}
 

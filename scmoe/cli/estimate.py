@@ -21,7 +21,8 @@ MOMENTS = {
 
 def read(path: str, words: Sequence[str]) -> Config:
     """Return the config, checked for the given ranks."""
-    from scmoe.config.derived import SENDS_NO_ROWS, resolve_ep_size
+    from scmoe.config.derived import resolve_ep_size
+    from scmoe.config.halved_batches import SENDS_NO_ROWS
     from scmoe.config.load import load
 
     sizes, overrides = numbers_of(words, ("ep", "dp", "ranks", "samples"))

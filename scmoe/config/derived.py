@@ -11,8 +11,6 @@ from scmoe.config.fields import Config
 FAMILY_ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
 # Architectures with a tap, and those of their schedules.
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
-# Overrides of a schedule whose rows stay on their rank.
-SENDS_NO_ROWS = ("schedule.batches_in_flight=null", "schedule.transfers=overlapped")
 
 
 def resolve_wiring(config: Config, architecture: str | None = None) -> Wiring:

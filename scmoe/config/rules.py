@@ -10,11 +10,11 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from scmoe.config.derived import SHORTCUTS, resolve_ep_size, resolve_wiring
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import two_batches, two_batches_in_training
 from scmoe.config.leaves import leaves
 from scmoe.config.refuse import Refusals, Remedy, refuse
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, FAMILIES, IMAGES, TEXT_DATASETS
@@ -50,7 +50,7 @@ def validate(config: Config, source: str, trains: bool = True) -> None:
         trainer_rules,
     ]
     if trains:
-        checks.append(_halves_of_a_batch)
+        checks.append(two_batches_in_training)
     refuse(config, *checks, prefix=f"{source}: ")
 
 
@@ -192,12 +192,7 @@ def _shortcut_in_every_block(config: Config) -> Refusals:
 def _schedule(config: Config) -> Refusals:
     moe = config.moe
     schedule = config.schedule
-    if schedule.batches_in_flight == 2:
-        key = "schedule.batches_in_flight"
-        if schedule.transfers == "sequential":
-            yield key, "1 where schedule.transfers=sequential, which leaves nothing to hide"
-        if schedule.auto:
-            yield key, "null | 1, as schedule.auto=true chooses it"
+    yield from two_batches(config)
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
@@ -218,51 +213,6 @@ def _schedule(config: Config) -> Refusals:
             slots = " | ".join(map(str, each.attentions))
             where = f"for {each.name} where schedule.inside_attention=true"
             yield "schedule.slot", f"{slots} | null {where}"
-
-
-def may_run_two_batches(config: Config) -> bool:
-    """Return whether schedule.auto may choose two batches in flight: a configuration that sets them
-    would be accepted, and the run cannot end because of them. A ceiling of rows counts those of a
-    half, and one half may exceed it where the whole batch does not.
-    """
-    if config.schedule.auto and config.schedule.batches_in_flight == 1:
-        return False
-    if config.moe.dropless_ceiling is not None:
-        return False
-    schedule = replace(config.schedule, auto=False, batches_in_flight=2)
-    two = replace(config, schedule=schedule)
-    checks = (unread_fields, _schedule, _halves_of_a_batch)
-    return not any(True for check in checks for _ in check(two))
-
-
-def possible_batches(config: Config) -> tuple[int, ...]:
-    """Return the numbers of batches in flight that a training can have: the configured one, or
-    those from which schedule.auto chooses."""
-    if config.schedule.auto:
-        return (1, 2) if may_run_two_batches(config) else (1,)
-    return (config.schedule.batches_in_flight or 1,)
-
-
-def _halves_of_a_batch(config: Config) -> Refusals:
-    """Check a training with two batches in flight: a rank has a sequence for each of them, and no
-    probe counts the calls of a module."""
-    if config.schedule.batches_in_flight != 2:
-        return
-    trainer = config.trainer
-    batches = trainer.devices * trainer.num_nodes * trainer.accumulate
-    if config.data.global_batch_size < 2 * batches:
-        yield (
-            "schedule.batches_in_flight",
-            Remedy(
-                "A rank's batch has one sequence (image), which has no halves. Raise"
-                f" data.global_batch_size to {2 * batches} or more, or use one batch in flight."
-            ),
-        )
-    measured = config.analysis
-    for probe in ("gating_every", "similarity_every", "record_routing"):
-        if getattr(measured, probe) is not None:
-            twice = "null, as schedule.batches_in_flight=2 calls each module twice a batch"
-            yield f"analysis.{probe}", twice
 
 
 def _ranks(config: Config) -> Refusals:

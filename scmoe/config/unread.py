@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from scmoe.config.derived import SHORTCUTS, resolve_ep_size
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import two_batches_unread
 from scmoe.config.leaves import flatten, leaves, plain
 from scmoe.config.model_fields import LatentConfig
 from scmoe.config.refuse import Refusals
@@ -151,22 +152,18 @@ def _unread_of_routing(config: Config) -> Unread:
 def _unread_of_schedule(config: Config) -> Unread:
     inside = ("schedule.inside_attention",)
     if config.moe.architecture == "dgmoe_share":
-        shared = "two pairs share one MoE module"
-        yield shared, ("schedule.auto", "strategy.dense")
-        if config.schedule.batches_in_flight == 2:
-            yield shared, ("schedule.batches_in_flight",)
+        yield "two pairs share one MoE module", ("schedule.auto", "strategy.dense")
     if config.schedule.auto:
         yield "schedule.auto=true chooses it", ("schedule.slot", "schedule.inside_attention")
         yield "schedule.auto=true hides transfers", ("schedule.transfers",)
     if resolve_ep_size(config) == 1:
         no_rows = "no rows travel where every rank has all experts (strategy.ep_size)"
         yield no_rows, ("schedule.transfers",)
-        if config.schedule.batches_in_flight == 2:
-            yield no_rows, ("schedule.batches_in_flight",)
     if config.trainer.compile:
         yield "trainer.compile=true makes one graph of attention", inside
     if config.model.family == "swin":
         yield "model.family=swin has an attention that is one operator", inside
+    yield from two_batches_unread(config)
 
 
 def _unread_of_data(config: Config) -> Unread:

@@ -33,6 +33,7 @@ from scmoe.predict.advised_rows import (
     best_rows,
     rows_of,
 )
+from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import Profile
 from scmoe.predict.compared_models import Model
 from scmoe.predict.judged_job import Job
@@ -197,7 +198,7 @@ def what_to_do(
     advice = []
     if steps["two_batches"] == "pays":
         row = rows[verdict["two_batches"].row]
-        in_chunks = row.choice.batches_in_flight == 1
+        in_chunks = row.choice.batches is InFlight.ONE
         way = "in chunks" if in_chunks else "with two batches in flight"
         advice.append(f"run the standard model {way}, which needs no other model")
     if steps["shared_expert"] == "pays":

@@ -6,15 +6,15 @@ the chunks and the batches in flight with which its step is shortest, and fits t
     NAME_two          standard, or a shared expert, with two batches in flight
     the others        overlapped; a shortcut with one batch in flight or two
 
-Two batches in flight are the halves of a batch, or two whole batches of a step: the second needs an
-even number of them, and memory for both. Slots between two operators are tried, none inside an
-attention.
+Two batches in flight are of both kinds of batches.py. Slots between two operators are tried, none
+inside an attention.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster_rates import Machine
 from scmoe.predict.compared_models import Model
 from scmoe.predict.judged_job import Job
@@ -51,12 +51,11 @@ AS_IT_IS = Slowdown()
 
 
 class Choice(NamedTuple):
-    """How a row may run. whole: two whole batches are in flight, not the halves of one."""
+    """How a row may run."""
 
     ep_size: int
     schedule: Schedule
-    batches_in_flight: Literal[1, 2] = 1
-    whole: bool = False
+    batches: InFlight = InFlight.ONE
     sequential: bool = False
 
 
@@ -90,15 +89,17 @@ def ways_of(model: Model, is_standard: bool, job: Job, ep_size: int) -> dict[str
     def one(counts: Sequence[int]) -> list[Choice]:
         return [Choice(ep_size, replace(slot, chunks=n)) for n in counts for slot in slots]
 
+    kinds = []
+    if ep_size > 1 and job.samples > 1:
+        kinds.append(InFlight.HALVES)
+    if ep_size > 1 and job.accumulate % 2 == 0:
+        kinds.append(InFlight.WHOLE)
     two = [
-        Choice(ep_size, replace(slot, chunks=n), 2, whole)
-        for whole in (False, True)
+        Choice(ep_size, replace(slot, chunks=n), batches)
+        for batches in kinds
         for n in CHUNKS_OF_TWO
         for slot in slots
-        if (job.accumulate % 2 == 0 if whole else job.samples > 1)
     ]
-    if ep_size == 1:
-        two = []
     if is_standard:
         rows = {model.name: [Choice(ep_size, usual, sequential=True)]}
         rows[model.name + PIPELINED] = one(chunks[1:])
@@ -150,8 +151,7 @@ class Simulator:
     ) -> StepTime:
         machine = self.machine
         setting = StepSetting(
-            batches_in_flight=choice.batches_in_flight,
-            whole=choice.whole,
+            batches=choice.batches,
             sequential=choice.sequential,
             accumulate=self.job.accumulate,
             stages=self.job.sizes.stages,
@@ -245,8 +245,7 @@ def memory_of_row(model: Model, choice: Choice, job: Job) -> float | None:
     """Return the bytes of a rank at most; None: the job has what no estimate knows."""
     if not job.knows_memory:
         return None
-    chunks = choice.schedule.chunks
-    return model.memory(choice.ep_size, chunks, choice.batches_in_flight, choice.whole)
+    return model.memory(choice.ep_size, choice.schedule.chunks, choice.batches)
 
 
 def rows_of(rows: Mapping[str, AdvisedRow], names: Sequence[str]) -> dict[str, AdvisedRow]:

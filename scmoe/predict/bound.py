@@ -30,7 +30,6 @@ from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
-from scmoe.models.halves import sizes_of_halves
 from scmoe.models.model_cost import (
     COMPUTE_BYTES,
     WEIGHT_BYTES,
@@ -168,8 +167,10 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
 def rows_of_batches(block: MoEBlock, job: RankJob, per_sample: float) -> tuple[int, int]:
     """Return what `rows_of_block` does, summed over the batches in flight. per_sample: tokens of a
     sample that the block gets."""
-    halves = sizes_of_halves(job.samples) if job.batches_in_flight == 2 else (job.samples,)
-    parts = [rows_of_block(block, round(half * per_sample), job.ep_size) for half in halves]
+    parts = [
+        rows_of_block(block, round(samples * per_sample), job.ep_size)
+        for samples in job.samples_at_once
+    ]
     return sum(rows for rows, _ in parts), sum(counts for _, counts in parts)
 
 

@@ -28,6 +28,7 @@ from scmoe.loads import BALANCED, Load, Sizes, check_load, counts_of, load_of
 from scmoe.models.model_cost import forward_flops
 from scmoe.moe.router import Router
 from scmoe.parallel.dense.memory import RankJob, rank_memory
+from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import Profile
 from scmoe.predict.costs import make_batch
 from scmoe.predict.judged_job import Job, Request, job_in_batches, requests_of
@@ -50,15 +51,14 @@ block's top-k; None: that of the model's architecture."""
 class Model:
     """A model to be compared. name: of its architecture. schedule: of the blocks that have it.
     flops: of one sample's forward pass, without empty slots. memory: returns the bytes of a rank at
-    most, with so many ranks that share the experts, in so many chunks and batches in flight, halves
-    or whole ones. loads:
-    of its rows with so many ranks that share the experts; None: even."""
+    most, with so many ranks that share the experts, in so many chunks and with these batches in
+    flight. loads: of its rows with so many ranks that share the experts; None: even."""
 
     name: str
     costs: Costs
     schedule: Schedule
     flops: float
-    memory: Callable[[int, int, int, bool], float]
+    memory: Callable[[int, int, InFlight], float]
     loads: Callable[[int], Loads | None]
 
 
@@ -154,8 +154,7 @@ def counted_model(
     """Return the architecture of a config, counted. shared_dim: hidden width of its shared experts,
     if it is not the config's. stages: of the pipeline of which the config is one."""
     moe = config.moe
-    schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
-    usual = replace(config, schedule=replace(schedule, batches_in_flight=None))
+    usual = replace(config, schedule=type(config.schedule)())
     training = rank_job(usual)
     slots = (
         moe.capacity_factor if rows_are_padded(config) else None
@@ -177,11 +176,11 @@ def counted_model(
     of_architecture = memory_of(full_model, moe.architecture, training)
 
     @cache
-    def memory(ep_size: int, chunks: int, batches: int, whole: bool) -> float:
+    def memory(ep_size: int, chunks: int, batches: InFlight) -> float:
         busiest_rows = factor / (slots or 1.0) * most_rows(loads(ep_size), routers)
-        # two whole batches are the halves of one that is twice as large
-        samples = training.samples * (2 if whole else 1)
-        return of_architecture(ep_size, chunks, batches, samples, busiest_rows)
+        # two whole batches need as much as one that is twice as large in two parts
+        samples = training.samples * batches.per_pass
+        return of_architecture(ep_size, chunks, batches.number, samples, busiest_rows)
 
     by_kind = forward_flops(full_model, training.seq_len, empty_slots=False)
     by_kind["head"] = by_kind.get("head", 0.0) / stages  # one stage of a pipeline has it
@@ -191,21 +190,17 @@ def counted_model(
 
 def memory_of(model: Any, architecture: str, training: RankJob) -> Callable[..., float]:
     """Return a function that returns the bytes of a rank at most, with so many ranks that share the
-    experts, in so many chunks and batches in flight. Blocks of another architecture keep their
-    chunks."""
+    experts, in so many chunks, and with a batch of so many samples in so many parts. Blocks of
+    another architecture keep their chunks."""
     blocks = [b for b in moe_blocks_of(model) if b.schedule.architecture == architecture]
 
     def memory(
-        ep_size: int, chunks: int, batches: int, samples: int, busiest_rows: float = 1.0
+        ep_size: int, chunks: int, parts: int, samples: int, busiest_rows: float = 1.0
     ) -> float:
         for block in blocks:
             block.run_as(replace(block.schedule, chunks=chunks), block.moe.dispatcher)
         job = replace(
-            training,
-            ep_size=ep_size,
-            batches_in_flight=batches,
-            samples=samples,
-            busiest_rows=busiest_rows,
+            training, ep_size=ep_size, parts=parts, samples=samples, busiest_rows=busiest_rows
         )
         return rank_memory(model, job)["total"]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scmoe.config.derived import rows_are_filled
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import check_samples
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load, read_unchecked
 from scmoe.config.registry import IMAGES
@@ -92,12 +93,7 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
             f"command line: ranks is {ranks}, which is no multiple of the {node} ranks of a node."
             " trainer.devices=N sets another number"
         )
-    asked = read_unchecked(source, overrides)
-    if asked.schedule.batches_in_flight == 2 and samples < 2 * asked.trainer.accumulate:
-        raise ConfigError(
-            f"command line: samples is {samples}, but schedule.batches_in_flight=2 halves a rank's"
-            f" batch. Give samples={2 * asked.trainer.accumulate} or more"
-        )
+    check_samples(read_unchecked(source, overrides), samples)
     nodes = ranks // node if node else 1  # without a number above 0, `load` refuses trainer.devices
     sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
     return load(source, [f"trainer.devices={devices}", *overrides, *sizes])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import IN_ONE_BATCH
 from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.registry import IMAGES
@@ -118,7 +119,7 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
         f"strategy.ep_size={math.gcd(first.moe.num_experts, ranks)}",
         # the ranks that share a weight count as having these samples each; JobSizes divides them
         f"data.global_batch_size={ranks * samples * accumulate}",
-        "schedule.batches_in_flight=null",  # one and two are compared
+        IN_ONE_BATCH,  # and two are compared with it
     ]
     if request.stage_layers is not None:
         words.append(f"model.layers={request.stage_layers}")

@@ -40,8 +40,8 @@ def name_of(row: str, every: int = 2) -> str:
 
 def way_of_row(row: str) -> str:
     """Return what a label says of a row beside its name."""
-    halves = ", two batches in flight" if batches_of(row) == 2 else ""
-    return halves + (", pipelined" if row.endswith(PIPELINED) else "")
+    batches = ", two batches in flight" if batches_of(row) == 2 else ""
+    return batches + (", pipelined" if row.endswith(PIPELINED) else "")
 
 
 def row_in_words(row: str, every: int = 2) -> str:

@@ -93,22 +93,23 @@ class TokenBucket:
 class SharedLink:
     """The link while a pass is played, which begins at time 0.
 
-    blocks: whose gradients are summed; none in forward. halves: of a batch, which run through the
-    blocks. at_once: sums that share the link with a transfer of rows. waiting: sums of what has run
-    before; `ready` may be negative. bucket: None: the link saves nothing.
+    blocks: whose gradients are summed; none in forward. number: of batches, or
+    pieces of one, that go through the blocks in turns. at_once: sums that share the link with a
+    transfer of rows. waiting: sums of what has run before; `ready` may be negative. bucket: None:
+    the link saves nothing.
     """
 
     def __init__(
         self,
         blocks: Sequence[Summed],
-        halves: int = 1,
+        number: int = 1,
         at_once: int = 1,
         waiting: Iterable[Waiting] = (),
         bucket: TokenBucket | None = None,
     ) -> None:
         self.blocks = blocks
         self.summed_after = [{each.operator for each in block.sums} for block in blocks]
-        self.halves = halves
+        self.number = number
         self.at_once = at_once
         self.waiting = sorted(waiting)
         self.bucket = bucket or TokenBucket(0.0)
@@ -129,7 +130,7 @@ class SharedLink:
             return
         sums = [each for each in block.sums if each.operator == span.operator]
         run = 0
-        pieces = self.halves
+        pieces = self.number
         if span.operator in PER_CHUNK:
             pieces *= block.chunks
         else:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal, NamedTuple
 
+from scmoe.predict.batches import InFlight
 from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.play import (
@@ -89,17 +90,15 @@ class Head:
 class StepSetting:
     """How a step runs.
 
-    batches_in_flight: 2: halves in turns. whole: two whole batches in turns instead, of an even
-    number. sequential: transfers as Blocking has them. accumulate: batches of a step. stages: of a
-    pipeline. sums_at_once: that share the link with a transfer of rows.
+    batches: in flight. sequential: transfers as Blocking has them. accumulate: batches of a
+    step. stages: of a pipeline. sums_at_once: that share the link with a transfer of rows.
     burst: seconds of transfers that an idle link saves at most (shared_link.py). tax: what
     computation loses of the time that a transfer runs beside it. longer: by what factor
-    computing all rows takes longer in two halves, beside launches and weights. update_s, other_s:
-    seconds of a step.
+    computing all rows of a batch takes longer in two pieces, beside launches and weights. update_s,
+    other_s: seconds of a step.
     """
 
-    batches_in_flight: Literal[1, 2] = 1
-    whole: bool = False
+    batches: InFlight = InFlight.ONE
     sequential: bool = False
     accumulate: int = 1
     stages: int = 1
@@ -113,20 +112,15 @@ class StepSetting:
     @property
     def passes(self) -> int:
         """Of a step: the batches, or pairs of them."""
-        return self.accumulate // 2 if self.whole else self.accumulate
-
-    @property
-    def parts(self) -> int:
-        """Of each batch that are in flight at once."""
-        return 1 if self.whole else self.batches_in_flight
+        return self.accumulate // self.batches.per_pass
 
     def __post_init__(self) -> None:
-        if self.whole and (self.batches_in_flight != 2 or self.accumulate % 2):
+        if self.accumulate % self.batches.per_pass:
             raise ValueError(
                 f"{self.accumulate} batches of a step cannot be in flight two at a time. Use an"
-                " even number of them and batches_in_flight=2."
+                " even number of them."
             )
-        if self.sequential and self.batches_in_flight == 2:
+        if self.sequential and self.batches.number == 2:
             raise ValueError(
                 "Transfers are sequential with two batches in flight. Choose one of the two: a half"
                 " that waits right after a transfer's start hides nothing."
@@ -242,14 +236,14 @@ def piece_times(block: Block, direction: Direction, setting: StepSetting) -> dic
         each.forward if direction == "forward" else each.backward
         for each in (block.times, block.fixed, block.least)
     )
-    halves = setting.parts
+    pieces = setting.batches.pieces
     seconds = {}
     for operator, whole in all_rows.items():
         chunks = block.schedule.chunks if operator in PER_CHUNK else 1
-        slower = 1.0 if operator in TRANSFERS or halves == 1 else setting.longer
+        slower = 1.0 if operator in TRANSFERS or pieces == 1 else setting.longer
         once = min(whole, fixed.get(operator, 0.0))
-        piece = (whole - once) / (halves * chunks) * slower
-        if halves * chunks > 1:
+        piece = (whole - once) / (pieces * chunks) * slower
+        if pieces * chunks > 1:
             piece = max(piece, least.get(operator, 0.0))
         seconds[operator] = piece + once
     return seconds
@@ -268,19 +262,19 @@ def play_pass(
     """Return a pass of one batch, or two whole ones in flight, through all blocks and the head."""
     times = [piece_times(block, direction, setting) for block in blocks]
     schedules = [block.schedule for block in blocks]
-    order = order_of(schedules, setting.batches_in_flight, setting.sequential)
+    number = setting.batches.number
+    order = order_of(schedules, number, setting.sequential)
     bucket = TokenBucket(setting.burst)
     gathers = [replace(block, sums=block.gathered) for block in blocks]
-    halves = setting.batches_in_flight
-    link = SharedLink(gathers, halves, setting.sums_at_once, (), bucket)
-    batches = 2 if setting.whole else 1
+    link = SharedLink(gathers, number, setting.sums_at_once, (), bucket)
+    batches = setting.batches.per_pass
     head_s = batches * head.forward
     if direction == "backward":
         order = mirror(order)
         head_s = batches * head.backward
         # the blocks' backward begins at 0, after that of the head
         of_head = [Waiting((each.part - 1) * head_s, each.seconds) for each in head.sums]
-        link = SharedLink(blocks, halves, setting.sums_at_once, of_head, bucket)
+        link = SharedLink(blocks, number, setting.sums_at_once, of_head, bucket)
     shares = None if loads is None else slowest_ranks(loads)
     slowest = max(play(order, times, shares, link), key=elapsed)
     seconds = {True: 0.0, False: 0.0}

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from scmoe.config.derived import SENDS_NO_ROWS, resolve_ep_size
+from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import SENDS_NO_ROWS, travel_overrides
 from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import load_kept
 from scmoe.config.registry import named
@@ -74,10 +75,9 @@ def config_without_training(
 
     read: returns the run's configuration with overrides, checked for what does not train.
     rows_travel: as trained: between ranks the run's batches in flight and transfers are kept,
-    unless an override names one of them. In halves products have other numbers of rows, so a result
-    could differ in its last bits from that of one process. Raises ConfigError if an override would
-    make another model, or if ranks or
-    devices are missing.
+    unless an override names one of them. Products of a part of a batch have other numbers of rows,
+    so a result could differ in its last bits from that of one process. Raises ConfigError if an
+    override would make another model, or if ranks or devices are missing.
     """
     of_training = read(named(overrides))
     refuse_other_model(read([*ONE_RANK, *overrides]), of_training, weights)
@@ -94,13 +94,6 @@ def config_without_training(
         )
     check_devices(config)
     return config
-
-
-def travel_overrides(config: Config) -> list[str]:
-    """Return the overrides that let rows between ranks travel as in this training."""
-    schedule = config.schedule
-    batches = "null" if schedule.batches_in_flight is None else schedule.batches_in_flight
-    return [f"schedule.batches_in_flight={batches}", f"schedule.transfers={schedule.transfers}"]
 
 
 def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:

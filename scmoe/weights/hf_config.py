@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import schedule_of_one_rank
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.weights.families import READERS, reader_name
@@ -48,7 +49,6 @@ EQUAL_MODEL_TYPES = {
 def dropless(config: Config) -> Config:
     """Return the configuration for one process that drops no copy of a token, so that a model's
     result does not depend on a batch."""
-    schedule = replace(config.schedule, batches_in_flight=None, transfers="overlapped")
     moe = replace(
         config.moe, capacity_factor=None, dropless_ceiling=None, rows="auto", overflow="drop"
     )
@@ -56,7 +56,7 @@ def dropless(config: Config) -> Config:
         config,
         init_from=None,
         moe=moe,
-        schedule=schedule,
+        schedule=schedule_of_one_rank(config.schedule),
         strategy=type(config.strategy)(),
         trainer=type(config.trainer)(),
     )

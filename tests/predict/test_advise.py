@@ -14,6 +14,7 @@ from scmoe.parallel.dense.memory import rank_memory
 from scmoe.predict import measure
 from scmoe.predict.advise import WORTH, advise
 from scmoe.predict.advised_rows import Choice, Simulator, Slowdown, best_rows
+from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import overridden, read_profile
 from scmoe.predict.compared_models import job_of, rank_shares
 from scmoe.predict.judged_job import Request, job_in_batches
@@ -112,7 +113,7 @@ def test_a_row_has_the_best_of_all_slots_and_chunks(counted, rate):
         choice = Choice(8, Schedule("scmoe", "pos2", slot, chunks))
         steps[choice] = simulator.step(models["scmoe_pos2"], choice).total
     for slot, chunks in product(range(4), (1, 2)):
-        choice = Choice(8, Schedule("scmoe", "pos2", slot, chunks), 2)
+        choice = Choice(8, Schedule("scmoe", "pos2", slot, chunks), InFlight.HALVES)
         steps[choice] = simulator.step(models["scmoe_pos2"], choice).total
     assert rows["scmoe_pos2"].total == min(steps.values())
 
@@ -126,8 +127,8 @@ def test_two_whole_batches_in_flight_are_the_halves_of_one_twice_as_large(counte
     whole = Simulator(exact.machine(), job._replace(accumulate=4))
     twice = job._replace(sizes=job.sizes._replace(rows=2.0), accumulate=2)
     halves = Simulator(exact.machine(), twice)
-    of_whole = whole.step(model, Choice(8, schedule, 2, whole=True))
-    of_halves = halves.step(model, Choice(8, schedule, 2))
+    of_whole = whole.step(model, Choice(8, schedule, InFlight.WHOLE))
+    of_halves = halves.step(model, Choice(8, schedule, InFlight.HALVES))
     assert of_whole.exposed_rows == pytest.approx(of_halves.exposed_rows, rel=0.1)
     assert of_whole.total == pytest.approx(of_halves.total, rel=0.02)
 
@@ -160,7 +161,7 @@ def test_a_choice_that_fits_is_better_than_a_faster_one(counted):
     needed = models["top2"].memory
     roomy = best_rows(two, simulator, None)
     assert {row.fits for row in roomy.values()} == {None}
-    small = best_rows(two, simulator, needed(8, 2, 1, False))
+    small = best_rows(two, simulator, needed(8, 2, InFlight.ONE))
     assert small["top2_pipelined"].choice.schedule.chunks == 2
     assert small["top2_pipelined"].fits is True
     none = best_rows(two, simulator, 1.0)
@@ -179,8 +180,8 @@ def test_a_row_s_memory_is_the_estimate_s_of_its_own_schedule(counted):
         again = job_in_batches(replace(QUICK, overrides=[*QUICK.overrides, *words]), profile).config
         again = replace(again, schedule=replace(again.schedule, chunks=schedule.chunks))
         of_rank = rank_job(again)
-        in_flight = replace(of_rank, batches_in_flight=row.choice.batches_in_flight)
-        assert row.memory == rank_memory(build_model_on_meta(again), in_flight)["total"], name
+        job = replace(of_rank, parts=row.choice.batches.number)
+        assert row.memory == rank_memory(build_model_on_meta(again), job)["total"], name
 
 
 def test_a_load_s_memory_is_that_of_the_busiest_rank_s_rows():
@@ -189,7 +190,7 @@ def test_a_load_s_memory_is_that_of_the_busiest_rank_s_rows():
     def memory(load):
         request = Request("quickstart", ["moe.capacity_factor=null"], load=load)
         job, models = counted_on(profile, request)
-        return job, models["top2"].memory(8, 1, 1, False)
+        return job, models["top2"].memory(8, 1, InFlight.ONE)
 
     job, even = memory("balanced")
     _, hot = memory("hot_rank:1.5")
@@ -250,11 +251,11 @@ def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
     request = Request("gpt2_moe_small", ["model.layers=2"], ep_size=8)
     job, models = counted_on(profile, request)
     assert job.accumulate == 1
-    needed = models["top2"].memory(8, 1, 1, False)
+    needed = models["top2"].memory(8, 1, InFlight.ONE)
     less = overridden(profile, [f"cluster.memory_gb={0.7 * needed / 1e9}"])
     other, smaller = counted_on(less, request)
     assert other.accumulate == 2 and other.tokens == job.tokens
-    assert smaller["top2"].memory(8, 1, 1, False) <= less.memory
+    assert smaller["top2"].memory(8, 1, InFlight.ONE) <= less.memory
     given = replace(request, samples=16)
     assert job_of(given, less).accumulate == 1, "what is given is kept"
 

@@ -8,6 +8,7 @@ import pytest
 from scmoe.loads import Sizes, load_of
 from scmoe.models.model_cost import forward_flops
 from scmoe.predict.advised_rows import Choice, Simulator
+from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import read_profile
 from scmoe.predict.compared_models import architectures, rank_shares
 from scmoe.predict.judged_job import Request
@@ -130,10 +131,10 @@ def test_padding_is_sent_computed_and_kept():
         sent = rows(model, "dispatch").rows_bytes
         assert sent == pytest.approx(factor * rows(usual, "dispatch").rows_bytes)
         assert rows(model, "experts").flops == pytest.approx(factor * rows(usual, "experts").flops)
-    assert padded.memory(8, 1, 1, False) > usual.memory(8, 1, 1, False)
+    assert padded.memory(8, 1, InFlight.ONE) > usual.memory(8, 1, InFlight.ONE)
     with_capacity = replace(request, overrides=["moe.capacity_factor=1.5", "model.layers=2"])
     in_slots = counted_on(profile, with_capacity)[1]["top2"]
-    assert padded.memory(8, 1, 1, False) == pytest.approx(in_slots.memory(8, 1, 1, False))
+    assert padded.memory(8, 1, InFlight.ONE) == pytest.approx(in_slots.memory(8, 1, InFlight.ONE))
 
 
 def test_the_layout_takes_no_time_for_weights_and_launches_of_experts(counted):

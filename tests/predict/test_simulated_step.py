@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 
+from scmoe.predict.batches import InFlight
 from scmoe.predict.shared_link import Sum
 from scmoe.predict.simulated_step import Block, Head, StepSetting, simulate_forward, simulate_step
 from scmoe.schedule.cost import OperatorTimes, computing_time, elapsed_time
@@ -48,7 +49,7 @@ def test_a_pair_takes_what_the_timeline_says(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_halves_take_what_the_stack_says(schedule):
-    step = simulate_step([Block(schedule, TIMES)] * 3, StepSetting(batches_in_flight=2))
+    step = simulate_step([Block(schedule, TIMES)] * 3, StepSetting(batches=InFlight.HALVES))
     layers = [(schedule, half_of(TIMES))] * 3
     assert step.total == pytest.approx(stack_time(layers, 2))
 
@@ -59,7 +60,7 @@ def test_with_free_transfers_all_ways_take_as_long(schedule):
     ways = [
         StepSetting(),
         StepSetting(sequential=True),
-        StepSetting(batches_in_flight=2),
+        StepSetting(batches=InFlight.HALVES),
         StepSetting(tax=0.5),
     ]
     totals = [simulate_step([free] * 3, way).total for way in ways]
@@ -85,7 +86,7 @@ def test_a_faster_link_never_slows(schedule):
     for way in (
         StepSetting(),
         StepSetting(sequential=True),
-        StepSetting(batches_in_flight=2, tax=0.2),
+        StepSetting(batches=InFlight.HALVES, tax=0.2),
     ):
         totals = [
             simulate_step([Block(schedule, scaled(TIMES, f), sums)] * 3, way).total
@@ -106,11 +107,11 @@ def test_gradients_without_bytes_add_nothing_and_those_of_the_first_block_are_ex
     assert summed.total == pytest.approx(plain.total + 0.25)
 
 
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("batches", [InFlight.ONE, InFlight.HALVES])
 def test_the_heads_sums_are_carried_once(batches):
     """They are all hidden, and computing is slowed by their time at a tax of 1."""
     blocks = [Block(SCHEDULES[0], scaled(TIMES, 0.0))] * 2
-    way = StepSetting(batches_in_flight=batches, tax=1.0)
+    way = StepSetting(batches=batches, tax=1.0)
     plain = simulate_step(blocks, way, Head(1.0, 2.0))
     summed = simulate_step(blocks, way, Head(1.0, 2.0, [Sum(0.7, "head")]))
     assert summed.slowed == pytest.approx(plain.slowed + 0.7)
@@ -127,7 +128,7 @@ def test_chunks_and_halves_pay_launches_and_weights_again():
     least = OperatorTimes({"experts": 2.0}, {"experts": 4.0})
     for schedule, way in (
         (SCHEDULES[1], StepSetting()),
-        (SCHEDULES[0], StepSetting(batches_in_flight=2)),
+        (SCHEDULES[0], StepSetting(batches=InFlight.HALVES)),
     ):
         plain = simulate_step([Block(schedule, TIMES)], way)
         block = Block(schedule, TIMES, (), fixed, least)
@@ -146,10 +147,12 @@ def test_the_tax_is_a_share_of_what_is_hidden():
     assert simulate_step([Block(SCHEDULES[0], TIMES)], StepSetting(tax=0.1)).slowed == 0.0
 
 
-@pytest.mark.parametrize(("schedule", "batches"), [*product(SCHEDULES, (1, 2))], ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "batches"), [*product(SCHEDULES, (InFlight.ONE, InFlight.HALVES))], ids=str
+)
 def test_even_loads_change_nothing_and_uneven_ones_cost(schedule, batches):
     blocks = [Block(schedule, TIMES)] * 2
-    way = StepSetting(batches_in_flight=batches)
+    way = StepSetting(batches=batches)
     even = simulate_step(blocks, way)
     loads = [[[EVEN] * 3] * schedule.chunks] * 2
     assert simulate_step(blocks, way, loads=loads).total == pytest.approx(even.total)
@@ -166,4 +169,4 @@ def test_only_ranks_that_may_be_the_slowest_are_played():
 
 def test_transfers_that_are_waited_for_at_once_hide_nothing():
     with pytest.raises(ValueError, match="two batches"):
-        StepSetting(batches_in_flight=2, sequential=True)
+        StepSetting(batches=InFlight.HALVES, sequential=True)

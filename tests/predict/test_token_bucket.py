@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scmoe.predict.batches import InFlight
 from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
 from scmoe.predict.simulated_step import Block, StepSetting, simulate_forward, simulate_step
 from scmoe.schedule.cost import OperatorTimes, play_block
@@ -95,13 +96,13 @@ def test_sums_between_two_blocks_leave_nothing_in_the_bucket():
     assert step.total == pytest.approx(without.total + 2.0)
 
 
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("batches", [InFlight.ONE, InFlight.HALVES])
 def test_bytes_that_pass_at_once_take_as_much_processor_time_as_others(batches):
     """All transfers are hidden, with a burst and without one."""
     short = PAIR | {"dispatch": 1.0, "combine": 1.0, "mlp": 5.0, "attention": 5.0}
     blocks = [Block(Schedule("scmoe", "pos2"), OperatorTimes(short, short))] * 2
     steps = [
-        simulate_step(blocks, StepSetting(batches_in_flight=batches, tax=0.1, burst=burst))
+        simulate_step(blocks, StepSetting(batches=batches, tax=0.1, burst=burst))
         for burst in (0.0, 0.5)
     ]
     assert steps[0].exposed_rows == steps[1].exposed_rows == 0.0
@@ -112,7 +113,7 @@ def test_with_two_batches_in_flight_queued_transfers_save_nothing():
     """The link is never idle between its first and its last transfer."""
     blocks = [Block(Schedule("top_k"), OperatorTimes(PAIR | {"dispatch": 40.0, "combine": 40.0}))]
     without, with_burst = (
-        simulate_forward(blocks, StepSetting(batches_in_flight=2, burst=burst))
+        simulate_forward(blocks, StepSetting(batches=InFlight.HALVES, burst=burst))
         for burst in (0.0, 2.0)
     )
     assert without.total - with_burst.total == pytest.approx(2.0)
@@ -136,11 +137,11 @@ def test_a_launch_is_computed_before_its_transfer_begins():
 def test_each_piece_of_a_transfer_has_a_launch():
     times = OperatorTimes(PAIR | {LAUNCH: 0.25})
     block = Block(Schedule("top_k", chunks=2), times, fixed=OperatorTimes({LAUNCH: 0.25}))
-    for batches in (1, 2):
-        setting = StepSetting(batches_in_flight=batches, longer=3.0)
+    for batches in (InFlight.ONE, InFlight.HALVES):
+        setting = StepSetting(batches=batches, longer=3.0)
         computed = sum(PAIR[operator] for operator in ("before", "route", "experts"))
-        longer = 3.0 if batches == 2 else 1.0
-        launches = 2 * 2 * batches * 0.25
+        longer = 3.0 if batches is InFlight.HALVES else 1.0
+        launches = 2 * 2 * batches.number * 0.25
         played = simulate_forward([block], setting)
         assert played.computing == pytest.approx(longer * computed + launches)
 

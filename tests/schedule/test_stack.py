@@ -16,8 +16,8 @@ from torch import nn
 
 from experiments.bench.overlap import timeline
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.config.halved_batches import may_run_two_batches
 from scmoe.config.load import load
-from scmoe.config.rules import may_run_two_batches
 from scmoe.files import read_json
 from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.recorder import Recorder

@@ -48,6 +48,7 @@ from torch import nn
 from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
+from scmoe.models.halves import sizes_of_halves
 from scmoe.models.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rows_sent
 from scmoe.moe.coefficient import CG1, CG2
 from scmoe.moe.experts import Experts
@@ -66,8 +67,8 @@ class RankJob:
     ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
     samples: of a rank in one batch; accumulate: batches of a step. dense: replicated, sharded or
     hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed.
-    batches_in_flight: at most, where schedule.auto may choose. busiest_rows: of the experts of the
-    busiest rank, over those of an even load.
+    parts: of a batch that go through the blocks in turns, at most. busiest_rows: of the experts of
+    the busiest rank, over those of an even load.
     """
 
     ranks: int = 1
@@ -81,13 +82,18 @@ class RankJob:
     recompute: bool = False
     on_gpu: bool = True
     wire_bytes: int | None = None
-    batches_in_flight: int = 1
+    parts: int = 1
     busiest_rows: float = 1.0
 
     @property
     def dp_size(self) -> int:
         """Return the number of ranks that hold the same experts."""
         return self.ranks // self.ep_size
+
+    @property
+    def samples_at_once(self) -> tuple[int, ...]:
+        """Return the samples of each part of a batch."""
+        return sizes_of_halves(self.samples) if self.parts == 2 else (self.samples,)
 
     @property
     def compute_bytes(self) -> int:
@@ -239,13 +245,13 @@ def gathered(split: Split) -> tuple[int, int]:
             apart = split.exact | split.experts
             narrow = 2 * sum(split.held(p) for p in parameters if p not in apart)
             pieces = {
-                block.moe: block.schedule.chunks * job.batches_in_flight
+                block.moe: block.schedule.chunks * job.parts
                 for block in moe_blocks_of(split.model)
                 if not job.recompute
             }
             for moe, copies in moe_uses(
                 split.model
-            ):  # every gate, every chunk and every half of a batch has its own
+            ):  # every gate, every chunk and every part of a batch has its own
                 uses = copies // moe.router.top_k * pieces.get(moe, 1)
                 narrow += 2 * uses * sum(map(split.held, moe.experts.parameters()))
         held = {p: split.held(p) * split.bytes_of(p) for p in parameters}

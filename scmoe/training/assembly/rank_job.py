@@ -6,7 +6,7 @@ from typing import Any
 
 from scmoe.config.derived import resolve_ep_size, samples_of_rank
 from scmoe.config.fields import Config
-from scmoe.config.rules import possible_batches
+from scmoe.config.halved_batches import possible_batches
 from scmoe.parallel.dense.dense_auto import possible_modes
 from scmoe.parallel.dense.memory import RankJob, rank_memory
 
@@ -26,7 +26,7 @@ def rank_job(config: Config) -> RankJob:
         recompute=trainer.recompute,
         on_gpu=trainer.accelerator != "cpu",
         wire_bytes=None if config.strategy.wire_dtype is None else 2,
-        batches_in_flight=max(possible_batches(config)),
+        parts=max(possible_batches(config)),
     )
 
 

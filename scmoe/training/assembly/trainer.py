@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from scmoe.config.derived import last_step, resolve_ep_size
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import possible_batches
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
-from scmoe.config.rules import possible_batches
 from scmoe.lightning.seam.progress_bar import StepProgressBar
 from scmoe.lightning.seam.saves import BestCheckpoints, LastCheckpoint, Patience
 from scmoe.lightning.strategy import ExpertParallelStrategy

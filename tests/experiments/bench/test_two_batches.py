@@ -13,8 +13,8 @@ from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant, chosen_by, modelled_wait
 from experiments.bench.training.slow_network import ROWS_OF_TWO_BATCHES, TRAINED_ROWS, row_overrides
 from scmoe.command_line import call
+from scmoe.config.halved_batches import may_run_two_batches
 from scmoe.config.load import load
-from scmoe.config.rules import may_run_two_batches
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.predict.row_names import architecture_of, batches_of
 from scmoe.schedule.cost import OperatorTimes, exposed_time

@@ -123,9 +123,7 @@ def test_each_half_of_two_batches_in_flight_has_its_bfloat16_copies_of_the_exper
         with kept_for_backward(model) as kept, torch.autocast("cpu", torch.bfloat16):
             model(batch)
         kept_bytes.append(sum(kept.values()))
-        job = RankJob(
-            samples=2, seq_len=64, precision="bf16-mixed", on_gpu=False, batches_in_flight=batches
-        )
+        job = RankJob(samples=2, seq_len=64, precision="bf16-mixed", on_gpu=False, parts=batches)
         bounds.append(gathered(Split(model, job))[0])
     more = kept_bytes[1] - kept_bytes[0]
     assert more > 0 and bounds[1] - bounds[0] == pytest.approx(more, rel=0.02)
@@ -140,4 +138,4 @@ def test_a_job_has_two_batches_in_flight_where_they_may_be_chosen():
         ("schedule.auto=true schedule.batches_in_flight=1", 1),
         ("schedule.chunks=2", 1),
     ):
-        assert rank_job(load(None, [*WIDE, *ranks, *words.split()])).batches_in_flight == batches
+        assert rank_job(load(None, [*WIDE, *ranks, *words.split()])).parts == batches

@@ -1,0 +1,52 @@
+"""Which batches of a step are in flight at once in a prediction.
+
+    ONE       one batch after the other
+    HALVES    the halves of each batch, in turns (models/halves.py)
+    WHOLE     two whole batches, in turns: a step needs an even number of them, and a rank memory
+              for both
+
+Nothing here imports torch, so the command line reads it.
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+
+class InFlight(Enum):
+    """Values: how many go through the blocks together, and whether these are whole batches."""
+
+    ONE = (1, False)
+    HALVES = (2, False)
+    WHOLE = (2, True)
+
+    @property
+    def number(self) -> int:
+        """How many go through the blocks together."""
+        return self.value[0]
+
+    @property
+    def pieces(self) -> int:
+        """The pieces that a batch is cut into."""
+        return 2 if self is InFlight.HALVES else 1
+
+    @property
+    def per_pass(self) -> int:
+        """The batches of a pass through the blocks."""
+        return 2 if self is InFlight.WHOLE else 1
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The keys of a row of JSON that say it."""
+        number, whole = self.value
+        return {"batches_in_flight": number, "whole_batches": whole}
+
+    @property
+    def in_words(self) -> str:
+        """The end of a label; nothing for one batch."""
+        return {"ONE": "", "HALVES": ", 2 halves", "WHOLE": ", 2 batches"}[self.name]
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> "InFlight":
+        """Return what a row of JSON says."""
+        return cls((facts["batches_in_flight"], facts["whole_batches"]))
