@@ -48,12 +48,12 @@ class DeepSpeedLayer(nn.Module):
 
 def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
     layer = DeepSpeedLayer(group.ep_size).to(dtype)
-    own = layer.moe.deepspeed_moe.experts.deepspeed_experts
+    local_experts = layer.moe.deepspeed_moe.experts.deepspeed_experts
     ids = group.experts(EXPERTS)
     with torch.no_grad():
         layer.projection.weight.copy_(weights.projection)
         layer.moe.deepspeed_moe.gate.wg.weight.copy_(weights.router)
-        for i, expert in zip(ids, own, strict=True):
+        for i, expert in zip(ids, local_experts, strict=True):
             for name, tensor in weights.experts[i].items():
                 expert.get_parameter(f"{name}.weight").copy_(tensor)
 
@@ -72,7 +72,7 @@ def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
     def experts(read: Read) -> ByExpert:
         return {
             i: {name.removesuffix(".weight"): read(p) for name, p in expert.named_parameters()}
-            for i, expert in zip(ids, own, strict=True)
+            for i, expert in zip(ids, local_experts, strict=True)
         }
 
     def dense(read: Read) -> ByName:
@@ -87,7 +87,7 @@ def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
         no_sync=engine.no_sync,
         clip=lambda limit: clip_grad_norm_(engine.module.parameters(), limit, mpu=engine.mpu),
         step=engine.step,
-        freeze=lambda: own.requires_grad_(False),
+        freeze=lambda: local_experts.requires_grad_(False),
         save=lambda folder: engine.save_checkpoint(folder),
         load=lambda folder: engine.load_checkpoint(folder, load_optimizer_states=False),
         plain=Plain(),

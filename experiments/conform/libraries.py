@@ -84,10 +84,10 @@ def python_of(library: Library, folder: Path) -> str:
     """Return the Python of the library's environment, which is made if it is not there."""
     if not library.packages:
         return sys.executable
-    place = folder / library.packages[0].replace("==", "-")
-    python = place / "bin/python"
+    environment = folder / library.packages[0].replace("==", "-")
+    python = environment / "bin/python"
     if not python.exists():
-        venv.create(place, with_pip=True)
+        venv.create(environment, with_pip=True)
         install = [str(python), "-m", "pip", "install", "--quiet", TORCH]
         subprocess.run([*install, *BUILD], check=True)
         packages = ["--no-build-isolation", "--editable", str(ROOT), *library.packages]

@@ -50,8 +50,8 @@ def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
     optimizer = torch.optim.SGD(model.parameters(), RATE)
 
     def experts(read: Read) -> ByExpert:
-        own = group.experts(EXPERTS)
-        return {i: {n: read(p) for n, p in all_experts[i].named_parameters()} for i in own}
+        ids = group.experts(EXPERTS)
+        return {i: {n: read(p) for n, p in all_experts[i].named_parameters()} for i in ids}
 
     def dense(read: Read) -> ByName:
         gate = layer.moe.gate.to_gates.weight

@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 def pools_of(places: Sequence[str], preloaded: Sequence[str] = ()) -> dict[str, RankPool]:
     """Return ranks for these places and the measure. They start at the first question."""
     needed = dict.fromkeys([ALONE, *places])
-    return {place: RankPool(*PLACES[place], preloaded) for place in needed}
+    return {ranks: RankPool(*PLACES[ranks], preloaded) for ranks in needed}
 
 
 Answers = dict[str, dict[str, Answer]]  # by question, then by number of ranks
@@ -63,7 +63,7 @@ class Exam:
         self.plays: dict[tuple[str, str], Played] = {}
         self.spreads: dict[tuple[str, int], Tolerance] = {}
         # kinds of tensors that the first questions have found wrong
-        self.reported: dict[str, set[str]] = {place: set() for place in self.places}
+        self.reported: dict[str, set[str]] = {ranks: set() for ranks in self.places}
 
     def run(self) -> Answers:
         answers: Answers = {}
@@ -77,14 +77,14 @@ class Exam:
 
     def _on_all(self, name: str, question: Question | None) -> dict[str, Answer]:
         answers = {}
-        for place in self.places:
-            self.progress(place, name)
+        for ranks in self.places:
+            self.progress(ranks, name)
             if question is not None:
-                answers[place] = self._answer(question, place)
+                answers[ranks] = self._answer(question, ranks)
             elif name == CHECKPOINT:
-                answers[place] = self._checkpoint(place)
+                answers[ranks] = self._checkpoint(ranks)
             else:
-                answers[place] = self._raises(place)
+                answers[ranks] = self._raises(ranks)
         return answers
 
     def _asked(self, play: str, *arguments: str) -> PlayCall:

@@ -26,7 +26,10 @@ def plain_adapter(plain: Plain, given: Weights) -> Adapter:
         return torch.zeros_like(x_TD).index_put((rows,), forward(x_TD[rows]))
 
     def experts(read: Read) -> ByExpert:
-        tensors = {i: {n: read(p) for n, p in own.items()} for i, own in weights.experts.items()}
+        tensors = {
+            i: {name: read(p) for name, p in expert.items()}
+            for i, expert in weights.experts.items()
+        }
         for i, (a, b) in low_rank.items():
             tensors[i] |= {"up_a": read(a), "up_b": read(b)}
         return tensors

@@ -65,9 +65,9 @@ def failure_lines(answers: Answers) -> list[str]:
     Questions with the same failure have one line."""
     names: dict[str, list[str]] = {}
     for name, of_places in answers.items():
-        failed = [(place, a) for place, a in of_places.items() if a.answer in FAILURES]
-        for place, answer in failed[:1]:
-            names.setdefault(f"{heading(place)}: {said(answer)}", []).append(name)
+        failed = [(ranks, a) for ranks, a in of_places.items() if a.answer in FAILURES]
+        for ranks, answer in failed[:1]:
+            names.setdefault(f"{heading(ranks)}: {said(answer)}", []).append(name)
     return [f"{', '.join(names[line])}; {line}" for line in names]
 
 
@@ -87,9 +87,9 @@ def reproducers(exam: Exam, answers: Answers) -> dict[str, str]:
     plays = {question.name: question.play for question in (*FIRST, *OTHERS)}
     scripts = {}
     for name, of_places in answers.items():
-        for place, answer in of_places.items():
+        for ranks, answer in of_places.items():
             if name in plays and name not in scripts and answer.difference is not None:
-                scripts[name] = reproducer(exam, place, plays[name], answer.difference)
+                scripts[name] = reproducer(exam, ranks, plays[name], answer.difference)
     return scripts
 
 
@@ -133,7 +133,7 @@ if seat.group.rank == {difference.rank}:
 def as_json(exam: Exam, answers: Answers) -> dict[str, Any]:
     """Return everything that was answered; with a script for each failure that has one."""
     questions = {
-        name: {place: _entry(answer) for place, answer in of_places.items()}
+        name: {ranks: _entry(answer) for ranks, answer in of_places.items()}
         for name, of_places in answers.items()
     }
     return {

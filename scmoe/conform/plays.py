@@ -201,8 +201,9 @@ def clipped(seat: Seat) -> Record:
     run(seat, layer, problem)
     before = gradients_of(layer)
     squares: dict[str, float] = {}
-    for own in seat.of_all_ranks({k: t.double().square().sum().item() for k, t in before.items()}):
-        squares |= own
+    local_squares = {name: t.double().square().sum().item() for name, t in before.items()}
+    for squares_of_rank in seat.of_all_ranks(local_squares):
+        squares |= squares_of_rank
     norm = math.sqrt(sum(squares.values()))
     returned = float(hook(layer, "clip")(LIMIT))
 

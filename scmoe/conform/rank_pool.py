@@ -111,8 +111,8 @@ class RankPool:
         self.log.touch()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            place = (rank, self.size, self.ep_size, self.store.port, str(self.log))
-            process = context.Process(target=_serve, args=(theirs, *place))
+            seat = (rank, self.size, self.ep_size, self.store.port, str(self.log))
+            process = context.Process(target=_serve, args=(theirs, *seat))
             process.start()
             theirs.close()
             self.processes.append(process)

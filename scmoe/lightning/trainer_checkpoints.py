@@ -156,9 +156,9 @@ class ForHooks(dict[str, Any]):
 def remove(path: Any, trainer: Any, checkpoints: Checkpoints) -> None:
     """Remove a checkpoint in a folder of this Trainer; warn of another one. Every rank must call
     it."""
-    place = located(path)
-    if saves.is_of_trainer(place, trainer):
-        checkpoints.remove(place)
+    folder = located(path)
+    if saves.is_of_trainer(folder, trainer):
+        checkpoints.remove(folder)
     else:
         rank_zero_warn(
             f"{path} is not removed: it is outside the folders of this Trainer's checkpoints"

@@ -127,9 +127,9 @@ class Simulator:
         blocks = at_schedule(blocks, choice.schedule)
         top_ks = [layer.top_k for layer in model.costs.layers]
         if few:
-            places = [round(i * (len(blocks) - 1) / (FEW - 1)) for i in range(FEW)]
-            blocks = [blocks[place] for place in dict.fromkeys(places)]
-            top_ks = [top_ks[place] for place in dict.fromkeys(places)]
+            spread = [round(i * (len(blocks) - 1) / (FEW - 1)) for i in range(FEW)]
+            blocks = [blocks[index] for index in dict.fromkeys(spread)]
+            top_ks = [top_ks[index] for index in dict.fromkeys(spread)]
         loads_in = model.loads(choice.ep_size)
         if loads_in is None:
             return self.run(blocks, head, model, choice, None)

@@ -252,7 +252,7 @@ def whole(text: Any, where: str) -> int:
 
 def overridden(profile: Profile, words: Sequence[str]) -> Profile:
     """Return the profile with the words cluster.KEY=NUMBER in it."""
-    given = {}
+    numbers = {}
     kernels = profile.kernels
     optional = {"padding": profile.padding, "memory_gb": profile.memory_gb}
     for word in words:
@@ -268,10 +268,10 @@ def overridden(profile: Profile, words: Sequence[str]) -> Profile:
         if key not in KEYS or (key not in profile.values and key.startswith(NETWORK)):
             known = ", ".join([*profile.values, *OPTIONAL, "kernels"])
             raise ConfigError(f"command line: unknown key {name}, allowed: cluster. and {known}")
-        given[key] = number(text, KEYS[key], f"command line: {name}")
+        numbers[key] = number(text, KEYS[key], f"command line: {name}")
     return replace(
         profile, kernels=kernels, padding=optional["padding"], memory_gb=optional["memory_gb"]
-    ).with_values(given)
+    ).with_values(numbers)
 
 
 def check_kernels(kernels: Any, source: str) -> None:

@@ -58,6 +58,11 @@ class Request:
     top1: bool = False
     load: str = BALANCED
 
+    @property
+    def keys(self) -> set[str]:
+        """The keys of the config that the overrides set."""
+        return {key_of(word) for word in self.overrides}
+
 
 class Job(NamedTuple):
     """What all rows share. sizes: with an EP of 1. ep_sizes: that are tried. samples: of a rank in
@@ -83,9 +88,8 @@ def requests_of(request: Request) -> Iterator[Request]:
     """Yield the request; for a preset, if neither samples nor trainer.accumulate are given, also
     with its step in more batches."""
     path = find(request.config)
-    given = {key_of(word) for word in request.overrides}
     yield request
-    fixed = request.samples or request.prefill or "trainer.accumulate" in given
+    fixed = request.samples or request.prefill or "trainer.accumulate" in request.keys
     if not says_no_batch(request, path) or fixed:
         return
     samples = samples_of_preset(read_unchecked(path, request.overrides))
@@ -153,20 +157,19 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
 
 def check_words(request: Request, profile: Profile) -> None:
     """Raise ConfigError for an override that the request or the cluster sets."""
-    given = {key_of(word) for word in request.overrides}
     for key in SET_BY_REQUEST:
-        if key in given:
+        if key in request.keys:
             raise ConfigError(
                 f"command line: {key} is given, but ranks=N, ep=N and the cluster set it. Give"
                 " those alone."
             )
-    if any(key.partition(".")[0] == "schedule" for key in given):
+    if any(key.partition(".")[0] == "schedule" for key in request.keys):
         raise ConfigError(
             "command line: schedule is given, but advise compares slots, chunks and batches in"
             " flight. Leave it out."
         )
     precision = f"trainer.precision={profile.precision}"
-    if "trainer.precision" in given and precision not in request.overrides:
+    if "trainer.precision" in request.keys and precision not in request.overrides:
         raise ConfigError(
             f"command line: trainer.precision is given, but the rates of cluster {profile.name} are"
             f" those of {profile.precision}. Leave it out, or write a profile of another precision"
@@ -216,7 +219,7 @@ def batches_of(request: Request, path: Path, config: Config, groups: int) -> tup
     accumulate = config.trainer.accumulate
     if accumulate < 1:
         raise ConfigError(f"trainer.accumulate is {accumulate}, allowed: 1 or more")
-    is_given = "trainer.accumulate" in {key_of(word) for word in request.overrides}
+    is_given = "trainer.accumulate" in request.keys
     if request.prefill:
         if is_given and accumulate > 1:
             raise ConfigError(
@@ -252,8 +255,7 @@ def batches_of(request: Request, path: Path, config: Config, groups: int) -> tup
 
 def says_no_batch(request: Request, path: Path) -> bool:
     """Return whether the config is a preset and no batch is given."""
-    given = {key_of(word) for word in request.overrides}
-    return path.parent.name == "model" and "data.global_batch_size" not in given
+    return path.parent.name == "model" and "data.global_batch_size" not in request.keys
 
 
 def samples_of_preset(config: Config) -> int:

@@ -74,11 +74,11 @@ def solve(f: Callable[[float], float], wanted: float) -> float | None:
     if not f(low) <= wanted <= f(high):
         return None
     for _ in range(30):
-        middle = (low * high) ** 0.5
-        if f(middle) < wanted:
-            low = middle
+        factor = (low * high) ** 0.5
+        if f(factor) < wanted:
+            low = factor
         else:
-            high = middle
+            high = factor
     return (low * high) ** 0.5
 
 

@@ -84,8 +84,8 @@ def config_without_training(
     # Filled: the counts of rows are announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"
     config = read([*ONE_RANK, *overrides, *WITHOUT, rows])
-    given = {key_of(word) for word in overrides}
-    if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not given & KEYS_OF_TRAVEL:
+    keys = {key_of(word) for word in overrides}
+    if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not keys & KEYS_OF_TRAVEL:
         config = read([*ONE_RANK, *travel_overrides(of_training), *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
         raise ConfigError(

@@ -88,13 +88,13 @@ def await_saves(trainer: Any, checkpoints: Checkpoints) -> Callable[[], None]:
 
 
 def _exists_or_comes(callback: Any, checkpoints: Checkpoints, filepath: Any, trainer: Any) -> bool:
-    place = located(filepath)
-    if checkpoints.is_coming(place):
+    folder = located(filepath)
+    if checkpoints.is_coming(folder):
         return True
-    if isinstance(place, Path):
+    if isinstance(folder, Path):
         return bool(type(callback).file_exists(callback, filepath, trainer))
     # Lightning's own finds what a killed save has left
-    exists = trainer.is_global_zero and place.exists()
+    exists = trainer.is_global_zero and folder.exists()
     return bool(trainer.strategy.reduce_boolean_decision(exists, all=False))
 
 

@@ -203,16 +203,16 @@ def on_each_machine(place: Place, mesh: Mesh) -> Iterator[Path]:
     if isinstance(place, Path):
         yield place
         return
-    own = scratch_folder(place.name)
+    scratch = scratch_folder(place.name)
     folders: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(folders, (durable.machine(), own), group=mesh.checkpoint_group)
+    dist.all_gather_object(folders, (durable.machine(), scratch), group=mesh.checkpoint_group)
     folder = next(folder for machine, folder in folders if machine == durable.machine())
     try:
-        together(mesh, lambda: download(place, own) if folder == own else None)
+        together(mesh, lambda: download(place, scratch) if folder == scratch else None)
         with _errors_naming(place, folder):
             yield folder
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

@@ -39,18 +39,18 @@ def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
     folder runs. last: how many of the newest runs of a folder are shown. Raises ConfigError.
     """
     paths = [located(name) for name in names] or [path for path in (RUNS,) if path.is_dir()]
-    found: list[SeenRun] = []
+    asked: list[SeenRun] = []
     files: dict[Path, bool] = {}  # whether it is named, or found in a folder
     for path in paths:
         if path.is_file():
             files[path] = True
         elif (path / "config.yaml").exists():
-            found.append(SeenRun(path))
+            asked.append(SeenRun(path))
         else:
             in_folder = find_runs(path)
-            found += in_folder[:last]
+            asked += in_folder[:last]
             files = dict.fromkeys(files_beside(in_folder, path), False) | files
-    runs = readable({run.path.resolve(): SeenRun(run.path.resolve()) for run in found}.values())
+    runs = readable({run.path.resolve(): SeenRun(run.path.resolve()) for run in asked}.values())
     clean = cleaner_for(runs)
     sources = Sources(sorted(runs, key=lambda run: run.begun, reverse=True))
     for path, named in files.items():
