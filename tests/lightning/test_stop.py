@@ -152,7 +152,7 @@ def keep_best(
         module.log("score", SCORES[module.global_step])
 
     config = tiny_run.tiny(world_size, *BEST, f"trainer.checkpoint_every={tiny_run.NEVER}")
-    seed_everything(config)
+    seed_everything(config.seed)
     trainer = trainer_of(config, [*build_callbacks(config, folder)[:1], best], [])
     module, data = build_module(config), build_datamodule(config)
     with before_each("validation_step", note):
@@ -206,7 +206,7 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
         if rank == 1 and batch_idx == BATCHES - 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    seed_everything(config)
+    seed_everything(config.seed)
     trainer = trainer_of(config, build_callbacks(config, folder), [])
     with before_each("validation_step", note):
         code = exit_code(lambda: trainer.fit(build_module(config), data))

@@ -89,7 +89,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)  # without a ModelCheckpoint, checkpoints are saved in the working directory
     config = tiny_run.tiny(world_size, *CONFIG, *overrides)
-    seed_everything(config)
+    seed_everything(config.seed)
     module = Stopped(
         lambda wire: build_model(config, wire),
         max_steps=2 * STEPS,

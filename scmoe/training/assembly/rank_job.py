@@ -30,11 +30,10 @@ def rank_job(config: Config) -> RankJob:
     )
 
 
-def dense_estimates(config: Config, model: Any) -> dict[str, float] | None:
+def dense_estimates(job: RankJob, model: Any) -> dict[str, float] | None:
     """Return for each mode of dense weights the bytes that a rank needs at most, activations
     included; None where strategy.dense names the mode. model: the whole network, on the meta
     device."""
-    job = rank_job(config)
     if job.dense != "auto":
         return None
     modes = possible_modes(model, job.ranks, job.dp_size, job.node_size)

@@ -34,10 +34,10 @@ from scmoe.training.callbacks.throughput import Throughput
 register_callback = CALLBACKS.register
 
 
-def seed_everything(config: Config) -> None:
+def seed_everything(seed: int) -> None:
     """Seed the global generators equally on all ranks. The strategy lets them differ inside
     training steps."""
-    lightning.pytorch.seed_everything(config.seed, verbose=False)
+    lightning.pytorch.seed_everything(seed, verbose=False)
 
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
@@ -73,9 +73,10 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         from scmoe.training.callbacks.profile_steps import ProfileSteps
 
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
-    always_two = possible_batches(config) == (2,)  # then operators overlap
+    batches = possible_batches(config)
+    always_two = batches == (2,)  # then operators overlap
     if config.moe.architecture not in ("dense", "dgmoe_share") and not always_two:
-        callbacks.append(adaptive_schedule(config, run_dir))
+        callbacks.append(adaptive_schedule(config, run_dir, batches))
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())
     callbacks += measurements(config, analysis)
@@ -104,13 +105,16 @@ def measurements(config: Config, folder: Path | None) -> Iterator[Callback]:
         yield RecordRouting(measured.record_routing, folder)
 
 
-def adaptive_schedule(config: Config, run_dir: Path | None) -> AdaptiveSchedule:
-    """Return the callback of the schedule, which chooses it where schedule.auto is set."""
+def adaptive_schedule(
+    config: Config, run_dir: Path | None, batches: tuple[int, ...]
+) -> AdaptiveSchedule:
+    """Return the callback of the schedule, which chooses it where schedule.auto is set. batches:
+    the numbers in flight that are possible."""
     schedule = config.schedule
     chunks = (1, 2, 4) if schedule.chunks is None else (schedule.chunks,)
     plan = run_dir / "plan.json" if run_dir else None
     conditions = timing_conditions(config)
-    return AdaptiveSchedule(schedule.auto, chunks, plan, conditions, possible_batches(config))
+    return AdaptiveSchedule(schedule.auto, chunks, plan, conditions, batches)
 
 
 def timing_conditions(config: Config) -> dict[str, Any]:

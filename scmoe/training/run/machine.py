@@ -30,9 +30,9 @@ from scmoe.config.registry import IMAGES
 from scmoe.lightning.seam.launch import rank_without_trainer
 from scmoe.models.model_cost import forward_flops, training_flops
 from scmoe.parallel.container_memory import GIB, memory_in_use, memory_limit
-from scmoe.parallel.dense.memory import rank_memory
+from scmoe.parallel.dense.memory import RankJob, rank_memory
 from scmoe.training.assembly.model import updated_by_muon
-from scmoe.training.assembly.rank_job import cpu_threads, rank_job
+from scmoe.training.assembly.rank_job import cpu_threads
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
     "torchrun": TorchElasticEnvironment,
@@ -63,12 +63,12 @@ def is_rank_zero() -> bool:
     return rank_without_trainer() == 0 and node == 0
 
 
-def check_machine(config: Config, model: nn.Module) -> None:
+def check_machine(config: Config, model: nn.Module, job: RankJob) -> None:
     """Raise ConfigError if this machine cannot run the training within the limits of memory and
     time.
 
-    model: the whole network, on the meta device. Rank 0 alone checks folders and free memory: they
-    can change while the other ranks start.
+    model: the whole network, on the meta device. job: of the config. Rank 0 alone checks folders
+    and free memory: they can change while the other ranks start.
     """
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
@@ -76,7 +76,7 @@ def check_machine(config: Config, model: nn.Module) -> None:
     check_devices(config)
     if is_rank_zero():
         refuse(config, _folders)
-        check_size(config, model)
+        check_size(config, model, job)
 
 
 def check_devices(config: Config) -> None:
@@ -165,12 +165,12 @@ def why_not_writable(folder: Path) -> str | None:
         return str(error)
 
 
-def check_size(config: Config, model: nn.Module) -> None:
+def check_size(config: Config, model: nn.Module, job: RankJob) -> None:
     """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
     trainer = config.trainer
     gpu = has_gpus(config)
     limit = trainer.max_memory_gib or free_gib(config)
-    job = replace(rank_job(config), on_gpu=gpu)
+    job = replace(job, on_gpu=gpu)
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the mode that needs least
 

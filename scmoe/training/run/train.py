@@ -12,9 +12,10 @@ from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.files import warn_once
+from scmoe.parallel.dense.memory import RankJob
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
-from scmoe.training.assembly.rank_job import dense_estimates
+from scmoe.training.assembly.rank_job import dense_estimates, rank_job
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.run.directory import refuse_running
@@ -49,10 +50,10 @@ def train(
 
     silence_lightning()
     keep_freed_memory()
-    model = checked_model(config)
+    model, job = checked_model(config)
     # A checkpoint has its own weights.
     to_build = config if resumed is None else replace(config, init_from=None)
-    seed_everything(config)
+    seed_everything(config.seed)
     data = build_datamodule(config)
     if is_first:
         prepare(to_build, model, data)
@@ -61,7 +62,7 @@ def train(
         output.log_inputs(data)
         module = build_module(to_build)
         callbacks = [KeptConfig(output.public), *build_callbacks(config, output.directory)]
-        estimates = dense_estimates(config, model)
+        estimates = dense_estimates(job, model)
         trainer = build_trainer(config, callbacks, output.loggers, estimates)
         trainer.fit(module, data, ckpt_path=resumed and resumed.checkpoint, weights_only=True)
         summary = output.keep_summary(summarise(trainer, module, data))
@@ -74,13 +75,14 @@ def train(
     return summary
 
 
-def checked_model(config: Config) -> Any:
-    """Return the whole network on the meta device, where this machine can train it. ConfigError: it
-    cannot, or an extension's network cannot be used."""
+def checked_model(config: Config) -> tuple[Any, RankJob]:
+    """Return the whole network on the meta device, and the job of each rank, where this machine can
+    train it. ConfigError: it cannot, or an extension's network cannot be used."""
     check_wandb(config, needs_key=is_rank_zero())
     model = build_model_on_meta(config)
-    check_machine(config, model)
-    return model
+    job = rank_job(config)
+    check_machine(config, model, job)
+    return model, job
 
 
 def prepare(config: Config, model: Any, data: PositionedDataModule) -> None:

@@ -52,7 +52,7 @@ def train(start_method: str) -> dict[str, str]:
     """Take four steps on two ranks, with dropout and clipping. Return nothing on ranks other than
     0."""
     config = tiny("position=pos2 model.dropout=0.1 optim.warmup_steps=1 trainer.max_steps=4", RANKS)
-    seed_everything(config)
+    seed_everything(config.seed)
     strategy = ExpertParallelStrategy(timeout_s=60, start_method=start_method)
     how = {"precision": "64-true", "use_distributed_sampler": False, "limit_val_batches": 0}
     trainer = users_trainer(RANKS, strategy, max_steps=4, callbacks=[OneThread()], **how)

@@ -73,7 +73,7 @@ def fit(
         f"strategy.ep_size=2 strategy.async_checkpoint={background} trainer.max_steps={len(SCORES)}"
     )
     config = tiny(f"position=pos2 model.dropout=0.1 {words}", 2)
-    seed_everything(config)
+    seed_everything(config.seed)
     keeping: dict[str, Any] = dict(
         monitor="score", mode="min", save_top_k=2, save_last=last, every_n_train_steps=1
     )

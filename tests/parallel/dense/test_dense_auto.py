@@ -8,7 +8,7 @@ from scmoe.parallel.dense.dense_auto import memory_estimates, pick_dense, possib
 from scmoe.parallel.dense.memory import RankJob, Split
 from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.assembly.rank_job import dense_estimates
+from scmoe.training.assembly.rank_job import dense_estimates, rank_job
 from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.ranks, pytest.mark.faults]
@@ -34,7 +34,7 @@ def test_auto_takes_the_first_way_that_has_room():
 def test_auto_splits_no_expert_whose_width_cannot_be_split():
     """`sharded` is refused there: three ranks hold each expert, of width 16."""
     config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
-    assert list(dense_estimates(config, build_model_on_meta(config))) == ["replicated"]
+    assert list(dense_estimates(rank_job(config), build_model_on_meta(config))) == ["replicated"]
     assert list(memory_estimates(build_model_on_meta(config), Mesh(world_size=3), node_size=3)) == [
         "replicated"
     ]

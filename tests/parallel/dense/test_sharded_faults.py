@@ -14,7 +14,7 @@ from experiments.engine.ranks import run_ranks
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.model import build_model_on_meta, build_module
-from scmoe.training.assembly.rank_job import dense_estimates
+from scmoe.training.assembly.rank_job import dense_estimates, rank_job
 from scmoe.training.modules import LanguageModel
 from tests.support.cases import ARCHITECTURES, split
 from tests.support.comparison import assemble, assert_same
@@ -164,5 +164,7 @@ def test_a_module_that_is_split_is_not_trained_as_replicated():
 @pytest.mark.representative
 def test_auto_of_a_config_counts_activations():
     configs = [tiny(f"strategy.dense=auto data.global_batch_size={n}", 4) for n in (8, 64)]
-    few, many = (dense_estimates(config, build_model_on_meta(config)) for config in configs)
+    few, many = (
+        dense_estimates(rank_job(config), build_model_on_meta(config)) for config in configs
+    )
     assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)

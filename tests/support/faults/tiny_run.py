@@ -77,7 +77,7 @@ def fit(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    seed_everything(config)
+    seed_everything(config.seed)
     trainer: Any = trainer_of(config, build_callbacks(config, run_dir), [])
     for callback in trainer.checkpoint_callbacks:
         callback.save_top_k = save_top_k

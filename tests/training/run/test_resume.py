@@ -132,7 +132,7 @@ def saved_inside_steps(
         config = tiny_run.tiny(
             world_size, "trainer.accumulate=2", "trainer.max_steps=4", "data.val_sequences=16"
         )
-        seed_everything(config)
+        seed_everything(config.seed)
         watched.append(Watch(folder / str(i), stop_after))
         best = ModelCheckpoint(folder / str(i), save_top_k=-1)
         trainer: Any = trainer_of(config, [DataPosition(), watched[-1], best], [])
