@@ -21,6 +21,7 @@ from experiments.bench.stacks import Stack, Variant, make_blocks, make_step, row
 from experiments.engine import links
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
+from experiments.engine.step import Step
 from scmoe.loads import BALANCED, CurrentLoad, load_of, rank_sequences
 from scmoe.models.residual_stream import run_blocks
 from scmoe.models.run_as import run_as, schedule_of
@@ -28,7 +29,6 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.recorder import Recorder
 from scmoe.parallel.mesh import build_mesh
-from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.choice import ModelChoice

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
 from experiments.bench.pairs import WIRING_OF
 from experiments.bench.setting import Setting
+from experiments.engine.step import Step
 from scmoe.blocks.build import Parts
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
@@ -24,7 +25,6 @@ from scmoe.models.halves import Halves
 from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import Mesh
-from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.choice import ModelChoice

@@ -37,10 +37,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from scmoe.blocks.sublayers import recompute_activations
 from scmoe.moe import experts
 from scmoe.parallel.dense.memory import RankJob
-from scmoe.parallel.dense.sharded import materialise, shard, with_dense_mesh
+from scmoe.parallel.dense.sharded import bytes_of, materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
-from scmoe.parallel.update.step import bytes_of
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.wire import Wire
 

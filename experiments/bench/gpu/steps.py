@@ -31,6 +31,7 @@ from experiments.bench.setting import Setting
 from experiments.engine import gantt, profiles
 from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
+from experiments.engine.step import Step
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED, load
 from scmoe.loads import BALANCED
@@ -38,7 +39,6 @@ from scmoe.models.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.dense.memory import RankJob, rank_memory
 from scmoe.parallel.mesh import Mesh
-from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.planning.clock import in_turn, median, seconds
 from scmoe.runs.seen import SeenRun

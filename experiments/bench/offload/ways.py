@@ -79,7 +79,9 @@ def measure(
                 closing.enter_context(offload_experts(variants[way], path, way=way)) for way in WAYS
             ]
             if rates is None:
-                rates = tuple(find_rate(variants, caches, cost, setting) for cost in setting.costs)
+                rates = tuple(
+                    find_fetch_rate(variants, caches, cost, setting) for cost in setting.costs
+                )
             for rate in rates:
                 set_rate(caches, rate)
                 for tokens in setting.tokens:
@@ -96,7 +98,7 @@ def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
         cache.source.rate_mb_s = rate_mb_s
 
 
-def find_rate(
+def find_fetch_rate(
     variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: OffloadSetting
 ) -> float:
     """Return the rate at which blocking makes a block longer by `cost` of its time.

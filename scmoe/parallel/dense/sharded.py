@@ -14,7 +14,7 @@ and gloo has no sum with a factor.)
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -199,6 +199,11 @@ def reshard(module: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, in the same storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes that this rank holds of some tensors."""
+    return sum(local(tensor).nbytes for tensor in tensors)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import scmoe
 from experiments.engine.ranks import run_ranks
+from experiments.engine.step import Step
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.parallel.mesh import build_mesh
-from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.parallel.wire.wire import Wire

@@ -1,24 +1,22 @@
-"""One training step without a Trainer, for everything in the laboratory that trains: benches and
-the check of a GPU.
+"""The laboratory's training step, without a Trainer: benches and the check of a GPU take it.
 
 The model is wrapped as the Strategy wraps it (scmoe/parallel/update/wrap.py), and clipped as the
 Strategy clips.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from scmoe.parallel.dense.sharded import local
+from scmoe.parallel.dense.sharded import bytes_of
 from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import Wrapped
 
 
 class Step:
-    """Call `model` for the forward pass, then `backward`, `update` and `zero_grad`.
+    """A step of a wrapped model: call `model` for the forward pass, then `backward`, `update` and
+    `zero_grad`.
 
     optimizer: None: nothing is updated. clip: the largest global gradient norm; None: the norm is
     not computed.
@@ -67,7 +65,3 @@ class Step:
         ]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return bytes_of(self.parameters) + bytes_of(moments) + bytes_of(gradients)
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(local(tensor).nbytes for tensor in tensors)

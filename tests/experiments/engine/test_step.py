@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import scmoe
 from experiments.engine.ranks import run_ranks
+from experiments.engine.step import Step
 from scmoe.moe.experts import Experts
 from scmoe.parallel.mesh import Mesh, build_mesh
-from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
 
