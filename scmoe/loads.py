@@ -9,7 +9,7 @@ token goes to.
     rotating:X:N       hot_rank:X, and the next rank is the hot one after every N steps
     ragged:X           balanced, but rank 0 has X times the mean number of tokens; the others share
                        the rest
-    recorded:FILE      the choices of a recorded run (callbacks/routing.py), in turn; FILE:STEP
+    recorded:FILE      the choices of a recorded run (moe/recorded_routing.py), in turn; FILE:STEP
                        and FILE:STEP:LAYER are a part of it
 
 A token goes to K distinct experts, so p_e is at most 1 / K: what zipf has above it goes to the
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.balance import load_max
+from scmoe.moe.recorded_routing import read_routing
 from scmoe.moe.router import round_robin
-from scmoe.training.callbacks.routing import read_routing
 
 BALANCED = "balanced"
 LOAD_KINDS = "balanced zipf:A hot_rank:X rotating:X:N ragged:X recorded:FILE"

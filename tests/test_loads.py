@@ -24,7 +24,7 @@ from scmoe.loads import (
     shares,
 )
 from scmoe.moe.dispatcher import Traffic
-from scmoe.training.callbacks.routing import Recorded, write_routing
+from scmoe.moe.recorded_routing import Recorded, write_routing
 
 TOKENS, SEQUENCES, EXPERTS = 1024, 4, 8
 LOADS = (

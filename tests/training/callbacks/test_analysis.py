@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from scmoe.config.load import load
+from scmoe.moe.recorded_routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks
 from scmoe.training.callbacks.analysis import Analysis
-from scmoe.training.callbacks.routing import read_routing
 from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.models import hooks
 from tests.support.trainer_of import trainer_of

@@ -15,10 +15,10 @@ import torch
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load
+from scmoe.moe.recorded_routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks
-from scmoe.training.callbacks.routing import read_routing
 from tests.support.architectures import overrides
 from tests.support.trainer_of import trainer_of
 

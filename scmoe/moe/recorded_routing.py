@@ -16,18 +16,14 @@ layers, as between the stages of SwinV2.
 """
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from scmoe.blocks.double_gate import DoubleGateBlock
-from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files import write_in_turn
-from scmoe.moe.tokens import Routing
 
 
 class Recorded(NamedTuple):
@@ -37,41 +33,6 @@ class Recorded(NamedTuple):
     ids: list[Tensor]
     num_experts: int
     num_ranks: int
-
-
-class RoutingProbe:
-    """Keeps the experts that every router of a model chooses in one forward pass, by hooks.
-
-    Call `remove` after the pass.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        blocks = moe_blocks_of(model)
-        # In DGMoE-Share, two blocks share a router.
-        routers = dict.fromkeys(block.moe.router for block in blocks)
-        # How often each block calls its router.
-        self.calls = [2 if isinstance(block, DoubleGateBlock) else 1 for block in blocks]
-        self.num_experts = blocks[0].moe.router.num_experts
-        self.ids: list[Tensor] = []  # [T, K] of each call, in the order of calls
-        self.handles = [router.register_forward_hook(self._keep) for router in routers]
-
-    def _keep(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        # Zero experts have higher ids.
-        self.ids.append(routing.topk_ids_TK.clamp(max=self.num_experts))
-
-    def result(self) -> list[Tensor]:
-        """Return the ids [T, K] of each MoE layer in host memory, in a small type.
-
-        The two choices of a router that was called twice in its layer (DGMoE) are side by side.
-        """
-        assert len(self.ids) == sum(self.calls)
-        ids = iter(self.ids)
-        layers = [torch.cat([*islice(ids, calls)], dim=1) for calls in self.calls]
-        return [ids_TK.to(type_of(self.num_experts)).cpu() for ids_TK in layers]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def type_of(num_experts: int) -> torch.dtype:
