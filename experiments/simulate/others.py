@@ -1,10 +1,10 @@
 """`scmoe simulate others`: measurements of other people's clusters (docs/results/others.yaml), each
 predicted as `scmoe advise` predicts a job, with the way of running that was measured. Beyond that,
-stages that take turns (interleaved pipelines) wait less, and products in 8 bits are faster.
+stages may be virtual (interleaved pipelines), and products in 8 bits are faster.
 
 A cell is a ratio of two measured times. Beside each prediction stands the null: the mean of the
-other cells of its kind. An interval is so wide that 90 % of the *other* cells of the kind are
-inside; that of all cells of overlap is CELL_ERROR of scmoe/predict/advise.py.
+other cells of its kind. An interval is as wide as the *other* cells of the kind say; that of all
+cells of overlap is CELL_ERROR of scmoe/predict/advise.py.
 """
 
 import math
@@ -76,25 +76,21 @@ class OtherCell:
 # ---------------------------------------------------------------------- predicting a run
 
 
-def stage_layers(run: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """Return the layers of a stage, and the words for as many equal stages. A stage has an MoE in
-    every layer, as most of them have."""
-    stages = int(run.get("stages") or 1)
-    words = [str(word) for word in run.get("overrides", ())]
+def stage_layers(run: Mapping[str, Any]) -> int:
+    """Return the layers of a stage. The last one may have fewer."""
     layers = {"qwen3_30b_a3b": 48, "deepseek_v3": 61}[run["model"]]
-    for word in words:
+    for word in run.get("overrides", ()):
         if word.startswith("model.layers="):
             layers = int(word.partition("=")[2])
-    of_stage = math.ceil(layers / stages)
-    kept = [word for word in words if not word.startswith(("model.layers=", "moe.leading_dense="))]
-    if run["model"] == "deepseek_v3":
-        kept.append("moe.leading_dense=[]")
-    return of_stage, [*kept, f"model.layers={of_stage * stages}"]
+    return math.ceil(layers / int(run.get("stages") or 1))
 
 
 def request_of(run: Mapping[str, Any]) -> Request:
     """Return a run as `scmoe advise` takes it. Of a run without a batch, one sequence."""
-    of_stage, words = stage_layers(run)
+    words = [str(word) for word in run.get("overrides", ())]
+    if run["model"] == "deepseek_v3":  # all blocks of a stage are equal
+        words = [word for word in words if not word.startswith("moe.leading_dense=")]
+        words.append("moe.leading_dense=[]")
     tensor_parallel = int(run["tensor_parallel"])
     groups = int(run["gpus"]) // int(run.get("stages") or 1) // tensor_parallel
     prefill = run["mode"] == "prefill"
@@ -112,7 +108,7 @@ def request_of(run: Mapping[str, Any]) -> Request:
         ranks=int(run["gpus"]),
         ep_size=int(run["ep"]),
         samples=samples,
-        stage_layers=of_stage,
+        stage_layers=stage_layers(run),
         tensor_parallel=tensor_parallel,
         copies="node" if str(run["dispatcher"]).startswith(ONCE_A_NODE) else "expert",
         wire="fp8" if str(run.get("wire")).startswith("fp8") or run["precision"] == "fp8" else None,
@@ -140,7 +136,10 @@ def step_of(run: Mapping[str, Any]) -> float:
     first = job_in_batches(one, profile)
     model = model_of(first, profile)
     job = first._replace(
-        accumulate=job.accumulate, sizes=first.sizes._replace(rows=float(job.samples))
+        accumulate=job.accumulate,
+        sizes=first.sizes._replace(
+            rows=float(job.samples), virtual_stages=int(run.get("virtual_stages") or 1)
+        ),
     )
     overlap = run["overlap"]
     choice = Choice(request.ep_size or 1, model.schedule, sequential=True)
@@ -150,9 +149,7 @@ def step_of(run: Mapping[str, Any]) -> float:
         choice = Choice(choice.ep_size, model.schedule, InFlight.HALVES)
     elif overlap == "chunks":
         choice = Choice(choice.ep_size, replace(model.schedule, chunks=int(run["chunks"])))
-    step = Simulator(profile.machine(), job).step(model, choice)
-    virtual = int(run.get("virtual_stages") or 1)
-    return step.total - (step.other - profile.machine().other) * (1 - 1 / virtual)
+    return Simulator(profile.machine(), job).step(model, choice).total
 
 
 COUNTED: list[tuple[Any, Model]] = []
@@ -225,9 +222,11 @@ def judged(cells: Sequence[OtherCell]) -> list[OtherCell]:
 
 
 def error_of(cells: Sequence[OtherCell]) -> float:
-    """Return the error of a ratio's logarithm within which 90 % of the cells are."""
+    """Return the error of a ratio's logarithm within which one more cell is with 90 %: the rank of
+    split conformal prediction (Lei et al., 2018), at most the last."""
     errors = sorted(abs(cell.error) for cell in cells)
-    return errors[math.ceil(LEVEL * len(errors)) - 1] if errors else math.nan
+    rank = min(len(errors), math.ceil(LEVEL * (len(errors) + 1)))
+    return errors[rank - 1] if errors else math.nan
 
 
 def simulate_others(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def main(config: str, /, *words: KeyValue) -> None:
             machine. ranks=N (default: all of the cluster). ep=N: only this number of ranks shares
             the experts. samples=N of a rank in one batch (default: as CONFIG has it; a preset has
             16,384 tokens or 128 images in a step). measured_step_ms=MS of the model of CONFIG
-            with sequential transfers, or measured=FILE: a plan.json, or a profiler's trace.
+            with sequential transfers, or measured=FILE: a plan.json, a bench's report or a trace.
             stage_layers=N of a pipeline's stage, tensor_parallel=N, copies=node (one row of a
             token for each node), wire=fp8, repeat_transfers=true with trainer.recompute,
             prefill=true, top1=true, load=KIND, cluster.KEY=NUMBER, and key=value of CONFIG
@@ -116,8 +116,8 @@ class AskedAdvice:
             )
         if self.named["measured"] and not Path(self.named["measured"]).is_file():
             raise ConfigError(
-                f"measured is {self.named['measured']}, which is not a file. Give a plan.json or a"
-                " profiler's trace."
+                f"measured is {self.named['measured']}, which is not a file. Give a plan.json, a"
+                " bench's report or a profiler's trace."
             )
         from scmoe.config.load import read_unchecked
 
@@ -185,8 +185,9 @@ class AskedAdvice:
         if not (self.measured_s or self.named["measured"]):
             return [Slowdown()]
         simulator = Simulator(self.profile.machine(), job)
-        model, choice = known_choice(models, job, self.profile.ranks_per_node)
+        node = self.profile.ranks_per_node
         if self.measured_s:
+            model, choice = known_choice(models, job, node)
             scales = scales_of_step(simulator, model, choice, self.measured_s)
             # no machine is faster than its datasheet
             possible = [
@@ -195,7 +196,7 @@ class AskedAdvice:
                 if all(share <= 1 for share in implied_by(scale, self.profile).values())
             ]
             return possible or scales
-        return [scale_of_file(Path(self.named["measured"]), simulator, model, choice)]
+        return [scale_of_file(Path(self.named["measured"]), simulator, models, node)]
 
 
 def profile_of(name: str, words: list[str]) -> "Profile":

@@ -39,7 +39,7 @@ from scmoe.predict.compared_models import Model
 from scmoe.predict.judged_job import Job
 
 ROW_ERROR = 0.02
-CELL_ERROR = 0.22
+CELL_ERROR = 0.23
 MEASURED_ERROR = 0.06
 HIDDEN_ERROR = 2.0
 FEW_TOKENS = 4096

@@ -92,7 +92,7 @@ def ways_of(model: Model, is_standard: bool, job: Job, ep_size: int) -> dict[str
     kinds = []
     if ep_size > 1 and job.samples > 1:
         kinds.append(InFlight.HALVES)
-    if ep_size > 1 and job.accumulate % 2 == 0:
+    if ep_size > 1 and job.accumulate > 1:
         kinds.append(InFlight.WHOLE)
     two = [
         Choice(ep_size, replace(slot, chunks=n), batches)
@@ -155,6 +155,7 @@ class Simulator:
             sequential=choice.sequential,
             accumulate=self.job.accumulate,
             stages=self.job.sizes.stages,
+            virtual_stages=self.job.sizes.virtual_stages,
             tax=machine.tax,
             longer=machine.halves,
             update_s=update_seconds(machine, model.costs, self.job.at(choice.ep_size)),

@@ -2,8 +2,8 @@
 
     ONE       one batch after the other
     HALVES    the halves of each batch, in turns (models/halves.py)
-    WHOLE     two whole batches, in turns: a step needs an even number of them, and a rank memory
-              for both
+    WHOLE     a whole batch's forward, in turns with the backward of the batch before it: a step needs
+              two batches or more, and a rank memory for both
 
 Nothing here imports torch, so the command line reads it.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class InFlight(Enum):
-    """Values: how many go through the blocks together, and whether these are whole batches."""
+    """Values: how many are in flight, and whether these are whole batches."""
 
     ONE = (1, False)
     HALVES = (2, False)
@@ -22,7 +22,7 @@ class InFlight(Enum):
 
     @property
     def number(self) -> int:
-        """How many go through the blocks together."""
+        """How many are in flight."""
         return self.value[0]
 
     @property
@@ -31,8 +31,8 @@ class InFlight(Enum):
         return 2 if self is InFlight.HALVES else 1
 
     @property
-    def per_pass(self) -> int:
-        """The batches of a pass through the blocks."""
+    def held(self) -> int:
+        """The batches of which a rank holds activations."""
         return 2 if self is InFlight.WHOLE else 1
 
     @property

@@ -179,7 +179,7 @@ def counted_model(
     def memory(ep_size: int, chunks: int, batches: InFlight) -> float:
         busiest_rows = factor / (slots or 1.0) * most_rows(loads(ep_size), routers)
         # two whole batches need as much as one that is twice as large in two parts
-        samples = training.samples * batches.per_pass
+        samples = training.samples * batches.held
         return of_architecture(ep_size, chunks, batches.number, samples, busiest_rows)
 
     by_kind = forward_flops(full_model, training.seq_len, empty_slots=False)

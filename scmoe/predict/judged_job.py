@@ -125,8 +125,10 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
         f"data.global_batch_size={ranks * samples * accumulate}",
         IN_ONE_BATCH,  # and two are compared with it
     ]
+    missing = 0.0
     if request.stage_layers is not None:
         words.append(f"model.layers={request.stage_layers}")
+        missing = stages - first.model.layers / request.stage_layers
     config = load(path, [*request.overrides, *words])
     training = rank_job(config)
     sent = (training.wire_bytes or training.compute_bytes) / training.compute_bytes
@@ -140,6 +142,7 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
         split=config.strategy.dense != "replicated",
         transfers_again=request.transfers_again,
         stages=stages,
+        missing=missing,
     )
     tokens = 1 if config.model.family == "swin" else config.data.seq_len
     return Job(
@@ -187,16 +190,17 @@ def ranks_of_stage(request: Request, profile: Profile, config: Config) -> tuple[
     layers = config.model.layers
     stages = 1
     if request.stage_layers is not None:
-        if layers % request.stage_layers or ranks % (layers // request.stage_layers):
+        stages = math.ceil(layers / request.stage_layers)
+        if request.stage_layers > layers or ranks % stages:
             raise ConfigError(
-                f"command line: stage_layers is {request.stage_layers}, allowed: a divisor of the"
-                f" {layers} layers whose number of stages divides the {ranks} ranks"
+                f"command line: stage_layers is {request.stage_layers}, so the {layers} layers need"
+                f" {stages} stages, allowed: up to {layers} layers, and a number of stages that"
+                f" divides the {ranks} ranks"
             )
-        stages = layers // request.stage_layers
     if stages > 1 and config.moe.leading_dense:
         raise ConfigError(
             "command line: stage_layers is given, but the config has moe.leading_dense, and all"
-            " stages are taken as equal. Add moe.leading_dense=[]."
+            " blocks are taken as equal. Add moe.leading_dense=[]."
         )
     of_stage = ranks // stages
     node = min(of_stage, profile.ranks_per_node)

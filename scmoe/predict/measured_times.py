@@ -4,12 +4,13 @@ advised_rows.Slowdown.
 measured_step_ms   seconds of a step of a known row. One number cannot say what was slow, so both
                    answers are kept: all of the difference is computing, or all of it is transfers
 plan.json          of a run (planning/plan_file.py): the operators of each block, measured alone
+a bench's report   of `scmoe bench overlap` at the job's sizes: the operators of sequential top-2
 a trace            of torch's profiler, with the kernels of cards: those of all-to-all, and those
                    that compute; both in a step. A transfer's kernel also waits for other ranks
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from scmoe.planning.plan_file import plan_from_json
 from scmoe.predict.advised_rows import Choice, Simulator, Slowdown
 from scmoe.predict.compared_models import Model
 from scmoe.predict.judged_job import Job
+from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.play import TRANSFERS
 
 FACTORS = 0.05, 50.0  # between which a factor is looked for
 ALL_TO_ALL = ("sendrecv", "alltoall", "all_to_all")
 STEP = "ProfilerStep#"
+REPORT = "calibration"  # the key of a bench's report that has what is read
 
 
 def known_choice(models: Sequence[Model], job: Job, ranks_per_node: int) -> tuple[Model, Choice]:
@@ -82,15 +85,23 @@ def solve(f: Callable[[float], float], wanted: float) -> float | None:
     return (low * high) ** 0.5
 
 
-def scale_of_file(path: Path, simulator: Simulator, model: Model, choice: Choice) -> Slowdown:
-    """Return the scale that a file says. model, choice: that were measured. ConfigError: it is
-    neither a plan nor a trace of cards."""
+def scale_of_file(
+    path: Path, simulator: Simulator, models: Sequence[Model], ranks_per_node: int
+) -> Slowdown:
+    """Return the scale that a file says. models: the standard one first. ConfigError: it is neither
+    a plan, nor a bench's report, nor a trace of cards."""
     content = parse(path)
+    if REPORT in content:
+        return slowdown_of_report(content, path, simulator, models[0])
+    model, choice = known_choice(models, simulator.job, ranks_per_node)
     if "layers" in content:
-        return scale_of_plan(content, path, simulator, model, choice)
+        return slowdown_of_plan(content, path, simulator, model, choice)
     if "traceEvents" in content:
         return slowdown_of_trace(content["traceEvents"], path, simulator, model, choice)
-    raise ConfigError(f"measured is {path}, allowed: a plan.json of a run, or a profiler's trace")
+    raise ConfigError(
+        f"measured is {path}, allowed: a plan.json of a run, a report of `scmoe bench overlap`,"
+        " or a profiler's trace"
+    )
 
 
 def slowdown_of_trace(
@@ -112,7 +123,8 @@ def slowdown_of_trace(
     blocks, _ = simulator.blocks(model, choice.ep_size)
     step = simulator.step(model, choice)
     directions = [[block.times.forward for block in blocks]]
-    host = job.accumulate * len(blocks) * simulator.machine.fixed / 3
+    waits = len(blocks) + job.sizes.hand_overs
+    host = job.accumulate * waits * simulator.machine.fixed / 3
     if not job.prefill:
         directions.append([block.times.backward for block in blocks])
         host *= 3
@@ -137,7 +149,7 @@ def parse(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def scale_of_plan(
+def slowdown_of_plan(
     plan: Mapping[str, Any], path: Path, simulator: Simulator, model: Model, choice: Choice
 ) -> Slowdown:
     """Return the measured seconds of a plan's operators over the predicted ones."""
@@ -160,22 +172,72 @@ def scale_of_plan(
             f"measured is {path}, whose {len(measured)} blocks are not those of this config. Give"
             " the plan of a run of the same model."
         )
-    sums = {"measured": [0.0, 0.0], "predicted": [0.0, 0.0]}
-    for layer, block in zip(measured, blocks, strict=True):
-        times = layer.times[min(layer.times)]
-        for known, predicted in (
-            (times.forward, block.times.forward),
-            (times.backward, block.times.backward),
-        ):
-            for operator in known.keys() & predicted.keys():
-                kind = operator in TRANSFERS
-                sums["measured"][kind] += known[operator]
-                sums["predicted"][kind] += predicted[operator]
-    computing, transfers = (
-        mine / theirs if theirs else 1.0
-        for mine, theirs in zip(sums["measured"], sums["predicted"], strict=True)
+    each_layer = zip(measured, blocks, strict=True)
+    return slowdown((layer.times[min(layer.times)], block.times) for layer, block in each_layer)
+
+
+def slowdown_of_report(
+    report: Mapping[str, Any], path: Path, simulator: Simulator, standard: Model
+) -> Slowdown:
+    """Return the measured seconds of the operators of a report's sequential top-2 over the
+    predicted ones of a block of the standard model."""
+    config = simulator.job.config
+    mlp = config.model.ffn_dim or 4 * config.model.dim
+    job = {
+        "row": standard.name,
+        "every": config.moe.every,
+        "dim": config.model.dim,
+        "heads": config.model.heads,
+        "ffn_dim": config.moe.ffn_dim or mlp,
+        "num_experts": config.moe.num_experts,
+        "tokens": simulator.job.samples * config.data.seq_len,
+        "seq_len": config.data.seq_len,
+        "compute": "real",
+    }
+    calibration = report[REPORT]
+    bench = {"row": "top2", "every": 2, "compute": "real", **report, **calibration["sizes"]}
+    differing = [name for name in job if bench.get(name) != job[name]]
+    if differing:
+        of_bench = ", ".join(f"{name}={bench.get(name)}" for name in differing)
+        of_job = ", ".join(f"{name}={job[name]}" for name in differing)
+        raise ConfigError(
+            f"measured is {path}, a bench of {of_bench}, but the job has {of_job}. Measure the"
+            " job's own sizes."
+        )
+    ep_size = report["ranks"]
+    if ep_size not in simulator.job.ep_sizes:
+        raise ConfigError(
+            f"measured is {path}, a bench of {ep_size} ranks, allowed:"
+            f" {' | '.join(map(str, simulator.job.ep_sizes))}, the EP that are tried"
+        )
+    blocks, _ = simulator.blocks(standard, ep_size)
+    return slowdown([(times_in_report(calibration["operators_ms"]), blocks[0].times)])
+
+
+def times_in_report(operators_ms: Mapping[str, Mapping[str, float]]) -> OperatorTimes:
+    """Return the seconds of operators whose milliseconds a report has, of forward and of both
+    directions."""
+    forward = operators_ms["forward"]
+    backward = {name: operators_ms["train"][name] - ms for name, ms in forward.items()}
+    return OperatorTimes(
+        {name: 1e-3 * ms for name, ms in forward.items()},
+        {name: 1e-3 * ms for name, ms in backward.items()},
     )
-    return Slowdown(computing, transfers)
+
+
+def slowdown(both: Iterable[tuple[OperatorTimes, OperatorTimes]]) -> Slowdown:
+    """Return the measured seconds of operators over the predicted ones. both: measured and
+    predicted, of each block; operators that only one of them has are left out."""
+    measured = {False: 0.0, True: 0.0}  # by whether it is a transfer
+    predicted = {False: 0.0, True: 0.0}
+    for known, expected in both:
+        directions = ((known.forward, expected.forward), (known.backward, expected.backward))
+        for of_known, of_expected in directions:
+            for operator in of_known.keys() & of_expected.keys():
+                measured[operator in TRANSFERS] += of_known[operator]
+                predicted[operator in TRANSFERS] += of_expected[operator]
+    transfers = measured[True] / predicted[True] if predicted[True] else 1.0
+    return Slowdown(measured[False] / predicted[False], transfers)
 
 
 def seconds_of_trace(events: Sequence[Mapping[str, Any]], path: Path) -> tuple[float, float]:

@@ -18,13 +18,16 @@ here:
     burst       an idle link may have saved a part of the next transfer (shared_link.py)
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
-    stages      of a pipeline: a step waits for as many batches more as there are other stages
+    whole       the forward of a batch runs beside the backward of the batch before it. The first
+                forward and the last backward run alone
+    stages      of a pipeline: a step waits for as many batches more as there are other stages, of
+                which each has a part where stages are virtual. No batch runs beside these
 
 An uneven load is played with the rows of each rank that may be the slowest. Left out: how the tax
 moves later transfers, and sums of weights that are split over ranks (FSDP).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal, NamedTuple
@@ -36,7 +39,9 @@ from scmoe.schedule.play import (
     BEFORE,
     PER_CHUNK,
     TRANSFERS,
+    Action,
     Load,
+    beside_backward,
     elapsed,
     mirror,
     order_of,
@@ -90,8 +95,9 @@ class Head:
 class StepSetting:
     """How a step runs.
 
-    batches: in flight. sequential: transfers as Blocking has them. accumulate: batches of a
-    step. stages: of a pipeline. sums_at_once: that share the link with a transfer of rows.
+    batches: in flight. sequential: transfers as Blocking has them. accumulate: batches of a step.
+    stages, virtual_stages: of a pipeline, and of each of them. sums_at_once: that share the link
+    with a transfer of rows.
     burst: seconds of transfers that an idle link saves at most (shared_link.py). tax: what
     computation loses of the time that a transfer runs beside it. longer: by what factor
     computing all rows of a batch takes longer in two pieces, beside launches and weights. update_s,
@@ -102,6 +108,7 @@ class StepSetting:
     sequential: bool = False
     accumulate: int = 1
     stages: int = 1
+    virtual_stages: int = 1
     sums_at_once: int = 1
     burst: float = 0.0
     tax: float = 0.0
@@ -109,16 +116,11 @@ class StepSetting:
     update_s: float = 0.0
     other_s: float = 0.0
 
-    @property
-    def passes(self) -> int:
-        """Of a step: the batches, or pairs of them."""
-        return self.accumulate // self.batches.per_pass
-
     def __post_init__(self) -> None:
-        if self.accumulate % self.batches.per_pass:
+        if self.batches is InFlight.WHOLE and self.accumulate < 2:
             raise ValueError(
-                f"{self.accumulate} batches of a step cannot be in flight two at a time. Use an"
-                " even number of them."
+                f"{self.accumulate} batches of a step cannot be in flight two at a time. Use two or"
+                " more."
             )
         if self.sequential and self.batches.number == 2:
             raise ValueError(
@@ -191,19 +193,22 @@ def simulate_step(
 
     loads: of each block, of a batch on each rank; None: even."""
     head = head or Head()
+    batches = setting.accumulate
+    # gradients of weights that are split are summed with every batch, others with the last one
+    is_split = any(block.gathers for block in blocks)
+    unsummed = blocks if is_split else [replace(block, sums=()) for block in blocks]
+    unsummed_head = head if is_split else replace(head, sums=())
     forward = play_pass(blocks, "forward", setting, head, loads)
+    backward = play_pass(unsummed, "backward", setting, unsummed_head, loads)
     last = play_pass(blocks, "backward", setting, head, loads)
-    others = last
-    if setting.passes > 1:
-        # gradients of weights that are split are summed with every batch
-        is_split = any(block.gathers for block in blocks)
-        unsummed = blocks if is_split else [replace(block, sums=()) for block in blocks]
-        others_head = head if is_split else replace(head, sums=())
-        others = play_pass(unsummed, "backward", setting, others_head, loads)
-    passes = setting.passes * [forward] + (setting.passes - 1) * [others] + [last]
+    if setting.batches is InFlight.WHOLE:
+        both = play_beside_backward(unsummed, setting, unsummed_head, loads)
+        passes = [forward, *(batches - 1) * [both], last]
+    else:
+        passes = [*batches * [forward], *(batches - 1) * [backward], last]
     hidden_sums = sum(each.sums - each.exposed_sums for each in passes)
-    batches = setting.accumulate / setting.passes
-    waited_for = (setting.stages - 1) * (forward.elapsed + others.elapsed) / batches
+    alone = forward.elapsed + backward.elapsed
+    waited_for = (setting.stages - 1) / setting.virtual_stages * alone
     return StepTime(
         computing=sum(each.computing for each in passes),
         exposed_rows=sum(each.exposed for each in passes),
@@ -259,22 +264,36 @@ def play_pass(
     head: Head,
     loads: Sequence[Load] | None,
 ) -> Pass:
-    """Return a pass of one batch, or two whole ones in flight, through all blocks and the head."""
+    """Return a pass of one batch through all blocks and the head."""
     times = [piece_times(block, direction, setting) for block in blocks]
     schedules = [block.schedule for block in blocks]
-    number = setting.batches.number
-    order = order_of(schedules, number, setting.sequential)
-    bucket = TokenBucket(setting.burst)
-    gathers = [replace(block, sums=block.gathered) for block in blocks]
-    link = SharedLink(gathers, number, setting.sums_at_once, (), bucket)
-    batches = setting.batches.per_pass
-    head_s = batches * head.forward
-    if direction == "backward":
-        order = mirror(order)
-        head_s = batches * head.backward
-        # the blocks' backward begins at 0, after that of the head
-        of_head = [Waiting((each.part - 1) * head_s, each.seconds) for each in head.sums]
-        link = SharedLink(blocks, number, setting.sums_at_once, of_head, bucket)
+    order = order_of(schedules, setting.batches.pieces, setting.sequential)
+    if direction == "forward":
+        link = link_of(gathering(blocks), setting)
+        return played(order, times, link, head.forward, loads)
+    link = link_of(blocks, setting, waiting_sums(head))
+    return played(mirror(order), times, link, head.backward, loads)
+
+
+def play_beside_backward(
+    blocks: Sequence[Block], setting: StepSetting, head: Head, loads: Sequence[Load] | None
+) -> Pass:
+    """Return the forward of a batch beside the backward of the batch before it."""
+    forward = [piece_times(block, "forward", setting) for block in blocks]
+    backward = [piece_times(block, "backward", setting) for block in blocks]
+    order = beside_backward([block.schedule for block in blocks])
+    link = link_of([*gathering(blocks), *blocks], setting, waiting_sums(head))
+    both_loads = None if loads is None else [*loads, *loads]
+    return played(order, [*forward, *backward], link, head.forward + head.backward, both_loads)
+
+
+def played(
+    order: Sequence[Action],
+    times: Sequence[Mapping[str, float]],
+    link: SharedLink,
+    head_s: float,
+    loads: Sequence[Load] | None,
+) -> Pass:
     shares = None if loads is None else slowest_ranks(loads)
     slowest = max(play(order, times, shares, link), key=elapsed)
     seconds = {True: 0.0, False: 0.0}
@@ -283,7 +302,24 @@ def play_pass(
     return Pass(
         computing=seconds[False] + head_s,
         elapsed=elapsed(slowest) + head_s,
-        carried=seconds[True] + bucket.sent_at_once - link.later,
+        carried=seconds[True] + link.bucket.sent_at_once - link.later,
         sums=link.summed,
         end=link.carry_sums(inf) + head_s,
     )
+
+
+def link_of(
+    blocks: Sequence[Block], setting: StepSetting, waiting: Sequence[Waiting] = ()
+) -> SharedLink:
+    bucket = TokenBucket(setting.burst)
+    return SharedLink(blocks, setting.batches.pieces, setting.sums_at_once, waiting, bucket)
+
+
+def gathering(blocks: Sequence[Block]) -> list[Block]:
+    """Return the blocks with what the link carries for them in forward."""
+    return [replace(block, sums=block.gathered) for block in blocks]
+
+
+def waiting_sums(head: Head) -> list[Waiting]:
+    """Return the sums of the head's gradients. The blocks' backward begins at 0, after its own."""
+    return [Waiting((each.part - 1) * head.backward, each.seconds) for each in head.sums]

@@ -13,7 +13,8 @@ layout       route, encode, decode: their kernels, and (`moe` + k `copy`) times 
              for the rows of one copy, without weights and launches
 host         the machine's fixed time of a block and batch, a third of it in forward, two in
              backward, in encode: the host waits for the numbers of rows there. Recompute does not
-             repeat it
+             repeat it. It adds as much where a stage, or a virtual one, hands a batch over to the
+             next
 TP           each of T ranks computes 1 / T of the rows of a batch, or of the heads and columns.
              Around attention and MLPs tokens are gathered and summed over them, in forward and
              backward each
@@ -24,7 +25,7 @@ gathers      weights that are split, dense and experts': before a block's forwar
 update       UPDATE_BYTES a parameter of a rank / memory rate
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -56,8 +57,9 @@ class JobSizes(NamedTuple):
     dispatched and combined over those of a computed one. tensor_parallel: ranks that share each
     dense weight. once_a_node: of a token's copies one row for each node travels between nodes
     (cluster_rates.py). split: dense weights are split over all ranks. transfers_again: what is
-    computed again dispatches again. stages: of the pipeline; the model is one of them, without its
-    share of embedding and head.
+    computed again dispatches again. stages, virtual_stages: of the pipeline, and of each
+    of them; the model is a stage, with the head. missing: the part of a stage that the last one,
+    which has the head, has not.
     """
 
     ranks: int
@@ -70,6 +72,13 @@ class JobSizes(NamedTuple):
     split: bool = False
     transfers_again: bool = False
     stages: int = 1
+    virtual_stages: int = 1
+    missing: float = 0.0
+
+    @property
+    def hand_overs(self) -> int:
+        """Of a batch, from this stage to the next one."""
+        return self.virtual_stages if self.stages > 1 else 0
 
     @property
     def sharing_dense(self) -> Groups:
@@ -97,7 +106,8 @@ def blocks_on(machine: Machine, costs: Costs, sizes: JobSizes) -> tuple[list[Blo
     they were counted."""
     timing = _Timing(machine, costs, sizes)
     blocks = {layer: timing.block(layer) for layer in costs.layers}
-    return [blocks[layer] for layer in costs.layers], timing.head()
+    stage = [blocks[layer] for layer in costs.layers]
+    return stage, timing.head(stage)
 
 
 def at_schedule(blocks: Sequence[Block], wanted: Schedule) -> list[Block]:
@@ -136,6 +146,10 @@ def fused(kernels: Sequence[Kernel]) -> list[Kernel]:
         moved = max(last.moved, kernel.moved)
         merged[-1] = last._replace(moved=moved, weights=last.weights + kernel.weights)
     return merged
+
+
+def computing_s(times: Mapping[str, float]) -> float:
+    return sum(seconds for operator, seconds in times.items() if operator not in TRANSFERS)
 
 
 class _Timing(NamedTuple):
@@ -319,11 +333,12 @@ class _Timing(NamedTuple):
             experts, self.sizes.same_experts
         )
 
-    def head(self) -> Head:
+    def head(self, stage: Sequence[Block]) -> Head:
         """Return what follows the last block, with the loss: a pass over the logits in each
-        direction reads and writes them."""
+        direction reads and writes them. Of a pipeline, only what makes the last stage longer than
+        the others, and what the host adds between two stages."""
         parts = self.costs.head
-        stages = self.sizes.stages
+        host = self.sizes.hand_overs * self.machine.fixed
         loss = (
             2
             * self.costs.logits_bytes
@@ -338,4 +353,6 @@ class _Timing(NamedTuple):
             each._replace(part=1 - share * (1 - each.part))
             for each in self.sums_in_order(parts, "head")
         ]
-        return Head((forward + loss) / stages, (backward + loss) / stages, sums)
+        forward += loss - self.sizes.missing * sum(computing_s(b.times.forward) for b in stage)
+        backward += loss - self.sizes.missing * sum(computing_s(b.times.backward) for b in stage)
+        return Head(max(0.0, forward) + host / 3, max(0.0, backward) + host * 2 / 3, sums)

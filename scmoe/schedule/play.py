@@ -115,14 +115,21 @@ def order_of(
 
 @lru_cache(maxsize=256)
 def _order(schedules: tuple[Schedule, ...], batches: int, sequential: bool) -> tuple[Action, ...]:
-    left = [
-        deque(
+    batches_of_actions = [
+        [
             action
             for layer, schedule in enumerate(schedules)
             for action in actions_of(half, layer, schedule, sequential)
-        )
+        ]
         for half in range(batches)
     ]
+    return tuple(in_turns(batches_of_actions))
+
+
+def in_turns(batches: Sequence[Sequence[Action]]) -> list[Action]:
+    """Return the order of batches in flight, the first of which begins. Each passes its turn before
+    a wait."""
+    left = [deque(batch) for batch in batches]
     order = []
     while any(left):
         for actions in left:
@@ -130,7 +137,18 @@ def _order(schedules: tuple[Schedule, ...], batches: int, sequential: bool) -> t
                 order.append(actions.popleft())
             while actions and actions[0].kind != "wait":
                 order.append(actions.popleft())
-    return tuple(order)
+    return order
+
+
+def beside_backward(schedules: Sequence[Schedule]) -> list[Action]:
+    """Return the order of a batch's forward beside the backward of the batch before it, as
+    Megatron-Core and DualPipe run them. The layers of backward are numbered behind those of
+    forward, as in `with_backward`."""
+    forward = order_of(schedules)
+    backward = [
+        action._replace(half=1, layer=len(schedules) + action.layer) for action in mirror(forward)
+    ]
+    return in_turns([backward, forward])
 
 
 def actions_of(half: int, layer: int, schedule: Schedule, sequential: bool = False) -> list[Action]:

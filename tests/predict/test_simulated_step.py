@@ -67,6 +67,34 @@ def test_with_free_transfers_all_ways_take_as_long(schedule):
     assert totals == pytest.approx([totals[0]] * len(ways))
 
 
+def test_whole_batches_beside_each_other_take_forward_and_backward_alone_once():
+    """Blocks whose forward and backward take 1 and 2, beside transfers of 0.25: each is hidden by
+    the other batch. The first forward and the last backward wait for all of theirs."""
+    forward = {BEFORE: 0.5, "dispatch": 0.25, "experts": 0.5, "combine": 0.25}
+    backward = {
+        operator: (1 if operator in TRANSFERS else 2) * t for operator, t in forward.items()
+    }
+    blocks = [Block(Schedule("top_k"), OperatorTimes(forward, backward))] * 3
+    whole = StepSetting(InFlight.WHOLE, accumulate=4)
+    step = simulate_step(blocks, whole)
+    assert step.computing == pytest.approx(4 * 3 * 3)
+    alone = 2 * 3 * 0.5
+    ends = 3 * 2 * 0.25  # both batches of a pair end a pass with a transfer
+    assert alone <= step.exposed_rows <= alone + ends
+    in_stages = simulate_step(blocks, replace(whole, stages=3, virtual_stages=2))
+    assert in_stages.total == pytest.approx(step.total + 2 / 2 * (3 * 3 + 2 * 3 * 0.5))
+    with pytest.raises(ValueError, match="two at a time"):
+        StepSetting(InFlight.WHOLE, accumulate=1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_whole_batches_take_as_long_as_one_where_transfers_are_free(schedule):
+    free = [Block(schedule, scaled(TIMES, 0.0), (Sum(1.0, BEFORE),))] * 3
+    one = simulate_step(free, StepSetting(accumulate=3), Head(1.0, 2.0))
+    whole = simulate_step(free, StepSetting(InFlight.WHOLE, accumulate=3), Head(1.0, 2.0))
+    assert whole.total == pytest.approx(one.total)
+
+
 def test_with_an_infinite_link_all_positions_take_as_long():
     """Their sub-layers before the tap and after it are the same ones."""
     total = []

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.schedule.cost import play_block, slots
-from scmoe.schedule.play import EVEN, TRANSFERS, Share, elapsed, mirror, order_of, play, shares
+from scmoe.schedule.play import (
+    EVEN,
+    TRANSFERS,
+    Share,
+    beside_backward,
+    elapsed,
+    mirror,
+    order_of,
+    play,
+    shares,
+)
 from scmoe.schedule.schedule import ATTENTION_PARTS, POSITIONS_OF, Schedule
 from tests.support.played import hot_rank, step_ms
 
@@ -128,3 +138,15 @@ def test_speed_ups_under_load_are_those_of_the_prototype(schedule):
         assert [e / o for e, o in zip(even, own, strict=True)] == pytest.approx(
             expected, abs=0.0151
         ), load
+
+
+@given(st.lists(SCHEDULES, min_size=1, max_size=3))
+def test_forward_beside_backward_keeps_the_order_of_both(schedules):
+    both = beside_backward(schedules)
+    forward = order_of(schedules)
+    assert [action for action in both if action.half == 0] == list(forward)
+    of_backward = [action for action in both if action.half == 1]
+    layers = len(schedules)
+    moved = [action._replace(half=0, layer=action.layer - layers) for action in of_backward]
+    assert moved == mirror(forward)
+    assert both[0].half == 1
