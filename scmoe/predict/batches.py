@@ -2,8 +2,8 @@
 
     ONE       one batch after the other
     HALVES    the halves of each batch, in turns (models/halves.py)
-    WHOLE     a whole batch's forward, in turns with the backward of the batch before it: a step needs
-              two batches or more, and a rank memory for both
+    WHOLE     a whole batch's forward, in turns with the backward of the batch before it: a step
+              needs two batches or more, and a rank memory for both
 
 Nothing here imports torch, so the command line reads it.
 """
