@@ -7,11 +7,13 @@ rate of every row decays over all its steps, so a slower row is compared before 
 decay: a schedule made for the shorter run would bring it closer.
 
 A row's speed is that of the faster of one and two batches in flight, each in one chunk. So top-2
-has a speed above 1.
+has a speed above 1. Speeds have been measured too: `with_speeds` is the interval of a difference
+where the row's speed is at its lower quartile and the baseline's at its upper one, or the reverse,
+whichever is wider on each side.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -21,8 +23,18 @@ from experiments.tables.table_runs import Run
 from scmoe.config.derived import max_steps
 from scmoe.predict.row_names import TWO, batches_of
 
-SPEED = "train_speedup"  # of four blocks, forward and backward, over sequential top-2
 Report = Mapping[str, Any]  # of `bench overlap`
+
+
+class Speed(NamedTuple):
+    """Of a row's training over that of sequential top-2: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+EQUAL = Speed(1.0, 1.0, 1.0)
 
 
 def at_equal_time(
@@ -38,7 +50,7 @@ def at_equal_time(
     if not table.equal_time:
         return {}
     measured = {row.name: row.speed for row in table.rows if row.speed is not None}
-    equal_tokens = _at_speeds(table, done, dict.fromkeys(measured, 1.0))
+    equal_tokens = _at_speeds(table, done, dict.fromkeys(measured, EQUAL))
     columns: dict[str, dict[str, Any]] = {"equal_tokens": {"comm_share": 0.0, "rows": equal_tokens}}
     for share in table.equal_time:
         if share in speeds:
@@ -54,35 +66,57 @@ def at_equal_time(
     return columns
 
 
-def best_speed(report: Report, row: str) -> float:
+def best_speed(report: Report, row: str) -> Speed:
     """Return a row's speed-up over sequential top-2 with one or with two batches in flight."""
-    rows = [name for name in (row, row + TWO) if name in report["rows"]]
-    return max(report["rows"][name][SPEED] for name in rows)
+    names = [name for name in (row, row + TWO) if name in report["rows"]]
+    rows = [report["rows"][name] for name in names]
+    best = max(rows, key=lambda row: row["train_speedup"])
+    return Speed(best["train_speedup"], *best["train_quartiles"])
 
 
 def _at_speeds(
-    table: PaperTable, done: Sequence[Run], speeds: Mapping[str, float]
+    table: PaperTable, done: Sequence[Run], speeds: Mapping[str, Speed]
 ) -> dict[str, dict[str, Any]]:
     """Return speed, step, loss and minus_baseline by row. speeds: by row."""
-    losses: dict[str, dict[int, float]] = {name: {} for name in speeds}
-    steps = {name: 0.0 for name in speeds}
-    fastest = max(speeds.values(), default=1.0)
-    for run in done:
-        if (name := run.row.name) in speeds:
-            steps[name] = step_reached(max_steps(run.config), speeds[name], fastest)
-            loss = loss_at(run.state.results["curve"], steps[name])
-            if loss is not None:
-                losses[name][run.seed] = loss
+    medians = {name: speed.median for name, speed in speeds.items()}
+    fastest = max(medians.values(), default=1.0)
+    steps, losses = losses_at(done, medians, fastest)
     minus = differences(table.rows, losses)
+    baselines = {row.name: row.baseline for row in table.rows}
+    for name, difference in minus.items():
+        row, baseline = speeds[name], speeds[baselines[name]]
+        bounds = []
+        for row_speed, its_baseline in ((row.low, baseline.high), (row.high, baseline.low)):
+            changed = medians | {name: row_speed, baselines[name]: its_baseline}
+            other = differences(table.rows, losses_at(done, changed, fastest)[1])[name]
+            bounds += [other["low"], other["high"]]
+        known = [bound for bound in bounds if bound is not None]
+        difference["with_speeds"] = [min(known), max(known)] if known else None
     return {
         name: {
-            "speed": speeds[name],
+            "speed": medians[name],
             "step": round(steps[name]),
             "loss": {**describe(losses[name]), "by_seed": losses[name]},
             "minus_baseline": minus.get(name),
         }
         for name in speeds
     }
+
+
+def losses_at(
+    done: Sequence[Run], speeds: Mapping[str, float], fastest: float
+) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
+    """Return the step that each row has reached when a row of speed `fastest` ends, and its losses
+    there by seed."""
+    losses: dict[str, dict[int, float]] = {name: {} for name in speeds}
+    steps = {name: 0.0 for name in speeds}
+    for run in done:
+        if (name := run.row.name) in speeds:
+            steps[name] = step_reached(max_steps(run.config), min(speeds[name], fastest), fastest)
+            loss = loss_at(run.state.results["curve"], steps[name])
+            if loss is not None:
+                losses[name][run.seed] = loss
+    return steps, losses
 
 
 def step_reached(steps: int, speed: float, fastest: float) -> float:

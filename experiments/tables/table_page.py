@@ -217,6 +217,8 @@ def _equal_time(results: Results) -> list[str]:
         text = "-" if loss["mean"] is None else f"{loss['mean']:.4f} [{row['step']:,}]"
         if minus and minus["mean"] is not None:
             text += f" {minus['mean']:+.4f}, p {_p(minus)}"
+            if (spread := minus.get("with_speeds")) and row["speed"] != 1:
+                text += f", {spread[0]:+.4f} to {spread[1]:+.4f}"
         return text
 
     columns = [
@@ -231,12 +233,11 @@ def _equal_time(results: Results) -> list[str]:
         "",
         (
             "Validation loss of each row at the time at which the fastest row ends. Times are by"
-            " the measured speed-ups of the measured blocks in training, without the sum of the"
-            " gradients and the optimizer; p takes them as exact."
+            f" the measured speed-ups of {_step_of_speeds(results)}; p takes them as exact."
             f" {_way_of_speeds(shares)} A slower row is read off its own"
             " curve at the step that it has reached by then, before its learning rate has come down"
             " to its end. In brackets: that step; then the difference to the baseline at the same"
-            " time and its corrected p."
+            f" time and its corrected p{_spread_of_speeds(shares)}."
         ),
     ]
     if len(shares) == 1:
@@ -305,6 +306,28 @@ def _way_of_speeds(shares: Results) -> str:
     if any(column.get("two_batches") for column in shares.values()):
         return "Each row has the faster of one and two batches in flight, in one chunk."
     return "Rows have one batch in flight, and top-2 is sequential."
+
+
+def _spread_of_speeds(shares: Results) -> str:
+    """Return what an interval is, where there is one. Kept results of earlier tables have none."""
+    columns = [column for share, column in shares.items() if share != "equal_tokens"]
+    rows = [row for column in columns for row in column["rows"].values()]
+    if any("with_speeds" in (row["minus_baseline"] or {}) for row in rows):
+        return (
+            "; then its interval where both speeds are at their quartiles, each on the side that"
+            " widens it"
+        )
+    return ""
+
+
+def _step_of_speeds(results: Results) -> str:
+    """Return in words whose speed was measured."""
+    if any(speed["level"] == "iteration" for speed in results["speeds"].values()):
+        return (
+            "a training step of the measured blocks, with the sum of the gradients and the"
+            " optimizer"
+        )
+    return "the measured blocks in training, without the sum of the gradients and the optimizer"
 
 
 def without_speed(results: Results) -> list[str]:

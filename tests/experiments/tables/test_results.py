@@ -93,6 +93,25 @@ def test_a_rival_with_two_batches_in_flight_is_compared_at_its_own_speed(made):
     assert "two batches in flight" in markdown(found)
 
 
+def test_the_interval_at_equal_time_holds_the_quartiles_of_both_speeds(made):
+    """A curve falls by 0.1 a step. Top-2 has made between 1.1 and 1.6 of 1.6 parts of its 4 steps
+    where Pos-3 has made all, and the reverse."""
+    table, runs = made
+    for run in runs:
+        own = run.seed / 10 if run.row.name == POS3 else 0.0
+        run.job.state = state_of(5.0 + own, run.digest)
+    write_speeds(runs[0].job.study, 0.52)
+    found, _ = results_by_row(table, runs)
+    minus = found["equal_time"]["0.52"]["rows"][POS3]["minus_baseline"]
+    low, high = minus["with_speeds"]
+    slowest = (4 - 4 * 1.1 / 1.6) * 0.1  # loss that a row at its lower quartile has left
+    half_width = (minus["high"] - minus["low"]) / 2
+    at_equal_tokens = found["equal_time"]["equal_tokens"]["rows"][POS3]["minus_baseline"]["mean"]
+    assert low == pytest.approx(at_equal_tokens - slowest - half_width)
+    assert high == pytest.approx(at_equal_tokens + slowest + half_width)
+    assert f"{low:+.4f} to {high:+.4f}" in markdown(found)
+
+
 def test_sizes_are_compared_with_their_own_baseline(tmp_path):
     table, runs = planned_of("table6", tmp_path, 2)
     for run in runs:
