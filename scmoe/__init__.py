@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the table PUBLIC, for type checkers and editors
     from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss, move_biases
-    from scmoe.config.load import load as load_config
+    from scmoe.config.load import load_config
     from scmoe.inference.generate import Passes, generate, stream
     from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
@@ -60,7 +60,7 @@ PUBLIC = {  # name: module and the name there
     "Wire": ("scmoe.parallel.wire.wire", "Wire"),
     "ExpertParallelStrategy": ("scmoe.lightning.strategy", "ExpertParallelStrategy"),
     "load_checkpoint": ("scmoe.parallel.checkpoint.loading", "load_checkpoint"),
-    "load_config": ("scmoe.config.load", "load"),
+    "load_config": ("scmoe.config.load", "load_config"),
     "build_model": ("scmoe.training.assembly.model", "build_model"),
     "register_architecture": ("scmoe.training.assembly.blocks", "register_architecture"),
     "register_callback": ("scmoe.training.assembly.trainer", "register_callback"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.files import redacted
 
 pytestmark = [pytest.mark.faults]
@@ -39,4 +39,4 @@ def test_text_that_is_no_key_is_not_redacted():
         assert redacted(text, {"A_KEY": "short", "HOME": text}) == text
     given = {"a": ["xx 12345678", 3, None], "b": ("12345678",)}
     assert redacted(given, {"A_KEY": "12345678"}) == {"a": ["xx *****", 3, None], "b": ("*****",)}
-    assert redacted(load(None, []), {}) == load(None, [])
+    assert redacted(load_config(None, []), {}) == load_config(None, [])

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.state import from_json
@@ -75,7 +75,7 @@ def test_a_key_is_in_no_file_of_a_run_and_in_no_file_s_name(tmp_path):
 
 WITH_KEYS = """
 import json, os, subprocess, sys
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.run.train import train
 folder, keys, *overrides = sys.argv[1:]
 os.chdir(folder)
@@ -84,7 +84,7 @@ open("script.py", "w").write("# the keys come here\\n")
 for command in (["init", "-q"], ["add", "script.py"], ["commit", "-qm", "before"]):
     subprocess.run([*git, *command], check=True)
 open("script.py", "w").write("".join(f"key = {key!r}\\n" for key in json.loads(keys)))
-config = load(None, [
+config = load_config(None, [
     "model.layers=2", "model.dim=16", "model.heads=2", "moe.num_experts=4",
     "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4",
     "trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.max_steps=2",
@@ -213,7 +213,7 @@ def test_nothing_in_a_yaml_is_executed(text, tmp_path, monkeypatch):
     proof = tmp_path / "executed"
     (tmp_path / "bad.yaml").write_text(text.format(proof=proof))
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path / "bad.yaml")
+        load_config(tmp_path / "bad.yaml")
     assert not proof.exists()
     assert CANARY not in str(caught.value)
 
@@ -267,7 +267,7 @@ def test_a_hostile_name_is_refused_or_stays_under_the_root(name, tmp_path):
     run_dir = create_run_dir(root, "a", [f"x={name}"], "")
     assert run_dir.resolve().parent == (root / "a").resolve()
     try:
-        config = load(tmp_path / "c.yaml", [f"runs_dir={root}"])
+        config = load_config(tmp_path / "c.yaml", [f"runs_dir={root}"])
     except ConfigError:
         return
     run_dir = create_run_dir(root, config.name, ["name=../../x", f"model.dim={name}"], "")

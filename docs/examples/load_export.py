@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.training.assembly.model import build_model
 
 
 def load_export(file: Path) -> Any:
     """Return the model of an export. One process is enough."""
-    model = build_model(load(file.parent / "config.yaml"))
+    model = build_model(load_config(file.parent / "config.yaml"))
     load_weights(file, model)
     return model.eval()
 

@@ -19,7 +19,7 @@ from scmoe.blocks.build import Parts
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.loads import BALANCED, CurrentLoad, Sizes, deal
 from scmoe.models.halves import Halves
 from scmoe.models.residual_stream import run_blocks
@@ -66,7 +66,7 @@ def block_config(name: str, setting: Setting) -> Config:
     words = [f"model.{key}={size}" for key, size in sizes.items()] + [
         f"moe.{key}={n}" for key, n in moe.items()
     ]
-    return load(None, [*words, *WIRING_OF[name].overrides])
+    return load_config(None, [*words, *WIRING_OF[name].overrides])
 
 
 def emulated_parts(setting: Setting) -> Parts:

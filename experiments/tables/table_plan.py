@@ -9,7 +9,7 @@ from experiments.tables.table_file import PaperTable, Scale, TableOptions
 from experiments.tables.table_runs import Run, plan_runs, refuse_to_overwrite
 from experiments.tables.table_speeds import parse_every
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.report import say
 from scmoe.sweeps.checks import refusal
 from scmoe.training.assembly.data import build_datamodule
@@ -65,7 +65,7 @@ def plan_table(table: PaperTable, options: TableOptions, overrides: Sequence[str
         raise ConfigError(f"--seeds is {seeds}. A table needs 1 or more")
     if (options.jobs or 0) < 0:
         raise ConfigError(f"--jobs is {options.jobs}. Give 0 for one process, or 1 or more")
-    config = load(scale.config, overrides)
+    config = load_config(scale.config, overrides)
     folder = Path(config.runs_dir) / "tables" / f"{table.name}-{name}"
     if options.to is not None and (options.to / folder.name).resolve() == folder.resolve():
         raise ConfigError(
@@ -99,7 +99,7 @@ def check_speeds(table: PaperTable) -> None:
 def scale_with_data(table: PaperTable, scale_name: str, overrides: Sequence[str]) -> str:
     """Return the name of the scale, or of the one that is run where its data set is missing."""
     scale = table.scales[scale_name]
-    config = load(scale.config, overrides)
+    config = load_config(scale.config, overrides)
     if scale.otherwise is None:
         return scale_name
     try:

@@ -26,7 +26,7 @@ from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, key_of
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.files import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
@@ -103,7 +103,7 @@ def plan_runs(
         group = f"logger.group={folder.name}"  # of W&B; overrides may name another one
         last_words = f"name={name}", f"seed={seed}", f"runs_dir={home}"
         words = (*setting, *row.overrides, group, *overrides, *last_words)
-        config = load(scale.config, words)
+        config = load_config(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         job = StudyJob(
             name,

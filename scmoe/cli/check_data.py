@@ -15,9 +15,9 @@ def main(config: str, /, *overrides: KeyValue) -> None:
         config: a YAML file, or the name of a shipped one
         overrides: key=value, such as data.path=FOLDER
     """
-    from scmoe.config.load import load
+    from scmoe.config.load import load_config
 
-    settings = load(config, overrides)
+    settings = load_config(config, overrides)
     data_path = settings.data.path
     if settings.data.name in ("text", "image_folder") and not Path(data_path or "").exists():
         raise ConfigError(

@@ -23,11 +23,11 @@ def read(path: str, words: Sequence[str]) -> Config:
     """Return the config, checked for the given ranks."""
     from scmoe.config.derived import resolve_ep_size
     from scmoe.config.halved_batches import SENDS_NO_ROWS
-    from scmoe.config.load import load
+    from scmoe.config.load import load_config
 
     sizes, overrides = numbers_of(words, ("ep", "dp", "ranks", "samples"))
     if not sizes:
-        return load(path, overrides)
+        return load_config(path, overrides)
     if {"ranks", "samples"} & {*sizes}:
         if "ranks" not in sizes or {"ep", "dp"} & {*sizes}:
             raise ConfigError(
@@ -44,7 +44,7 @@ def read(path: str, words: Sequence[str]) -> Config:
     if len(sizes) < 2:
         # Below, ep and dp replace the file's ranks, of which one alone may have no rows to send.
         no_rows = ("strategy.wire_dtype=null", *SENDS_NO_ROWS)
-        config = load(path, [*overrides, *no_rows])
+        config = load_config(path, [*overrides, *no_rows])
         ep_size = resolve_ep_size(config)
         ranks = config.trainer.devices * config.trainer.num_nodes
         sizes = {"ep": ep_size, "dp": ranks // ep_size, **sizes}
@@ -53,7 +53,7 @@ def read(path: str, words: Sequence[str]) -> Config:
         "trainer.num_nodes=1",
         f"strategy.ep_size={sizes['ep']}",
     ]
-    return load(path, [*overrides, *words_of_ranks])
+    return load_config(path, [*overrides, *words_of_ranks])
 
 
 def main(config: str, /, *words: KeyValue, counted: bool = False) -> None:

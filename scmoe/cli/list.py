@@ -10,10 +10,10 @@ def main(*extensions: KeyValue) -> None:
     from rich.table import Column, Table
 
     from scmoe.config.help import catalogue
-    from scmoe.config.load import load
+    from scmoe.config.load import load_config
     from scmoe.report import console
 
-    load(None, extensions)
+    load_config(None, extensions)
     screen = console(stderr=False)
     for title, rows in catalogue().items():
         table = Table(

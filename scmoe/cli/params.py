@@ -6,7 +6,7 @@ and A.7); a preset of another publication, which names its router, has the one o
 are built on the meta device, so they need no memory.
 """
 
-from scmoe.config.load import SHIPPED, load
+from scmoe.config.load import SHIPPED, load_config
 from scmoe.report import Report, print_result
 
 PRESETS = SHIPPED / "model"
@@ -60,7 +60,7 @@ def main(*presets: str) -> None:
 
 def rows(preset: str) -> dict[str, str]:
     """Return the architectures in which a preset is counted, each with its overrides."""
-    moe = load(f"configs/model/{preset}.yaml").moe
+    moe = load_config(f"configs/model/{preset}.yaml").moe
     is_paper_s = moe.router == "softmax" and moe.architecture == "scmoe"
     return COUNTED_ARCHITECTURES if is_paper_s else {moe.architecture: ""}
 
@@ -70,6 +70,6 @@ def count(preset: str, words: str) -> dict[str, int]:
     from scmoe.models.model_cost import count_parameters, total_and_active
     from scmoe.training.assembly.model import build_model_on_meta
 
-    config = load(f"configs/model/{preset}.yaml", words.split())
+    config = load_config(f"configs/model/{preset}.yaml", words.split())
     total, active = total_and_active(count_parameters(build_model_on_meta(config)))
     return {"total": total, "active": active}

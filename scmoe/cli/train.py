@@ -19,9 +19,9 @@ def start(config: str, /, *overrides: KeyValue) -> None:
         config: a YAML file, or the name of a shipped one, such as quickstart
         overrides: key=value, of the keys below; --key=value works too
     """
-    from scmoe.config.load import load
+    from scmoe.config.load import load_config
 
-    settings = load(config, overrides)
+    settings = load_config(config, overrides)
     from scmoe.training.run.train import train
 
     summary = train(settings, overrides)

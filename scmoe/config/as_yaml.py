@@ -10,7 +10,7 @@ from scmoe.config.leaves import flatten, leaves
 
 
 def to_yaml(config: Config) -> str:
-    """Return every field as YAML; `load` reads an equal Config from it."""
+    """Return every field as YAML; `load_config` reads an equal Config from it."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 

@@ -37,7 +37,7 @@ _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == di
 _NULL = ("", "~", "null", "None")
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a YAML file and overrides `key=value` or `--key=value`.
 
     path: a file or a name that `find` finds; None for the defaults only. Raises ConfigError, in one
@@ -51,7 +51,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return what `load` returns, but combinations of values are not checked: it may not run."""
+    """Return what `load_config` returns, but combinations of values are not checked: it may not
+    run."""
     tree = copy.deepcopy(_defaults())
     _merge_file(tree, find(path), ())
     return _merged(tree, overrides)

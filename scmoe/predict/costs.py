@@ -15,7 +15,7 @@ from scmoe.config.derived import rows_are_filled
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import check_samples
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import load, read_unchecked
+from scmoe.config.load import load_config, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.parallel.wire.wire import Wire
 from scmoe.predict.bound import bound
@@ -94,9 +94,10 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
             " trainer.devices=N sets another number"
         )
     check_samples(read_unchecked(source, overrides), samples)
-    nodes = ranks // node if node else 1  # without a number above 0, `load` refuses trainer.devices
+    # without a number above 0, `load_config` refuses trainer.devices
+    nodes = ranks // node if node else 1
     sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
-    return load(source, [f"trainer.devices={devices}", *overrides, *sizes])
+    return load_config(source, [f"trainer.devices={devices}", *overrides, *sizes])
 
 
 def with_slots(config: Config) -> Config:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import IN_ONE_BATCH
 from scmoe.config.leaves import ConfigError, key_of
-from scmoe.config.load import find, load, read_unchecked
+from scmoe.config.load import find, load_config, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.loads import BALANCED
 from scmoe.predict.cluster import Profile
@@ -129,7 +129,7 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
     if request.stage_layers is not None:
         words.append(f"model.layers={request.stage_layers}")
         missing = stages - first.model.layers / request.stage_layers
-    config = load(path, [*request.overrides, *words])
+    config = load_config(path, [*request.overrides, *words])
     training = rank_job(config)
     sent = (training.wire_bytes or training.compute_bytes) / training.compute_bytes
     sizes = JobSizes(

@@ -16,7 +16,7 @@ import yaml
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, key_of, show
-from scmoe.config.load import find, load, mapping_of, read_unchecked, what_is_bad
+from scmoe.config.load import find, load_config, mapping_of, read_unchecked, what_is_bad
 from scmoe.config.rules import FOLDER_NAME
 from scmoe.sweeps import checks
 from scmoe.sweeps.checks import Rule, check, refusal
@@ -145,7 +145,7 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
                 " digit first"
             )
         overrides = [*overrides, *extra]
-        base = load(config, overrides)
+        base = load_config(config, overrides)
         _check_names(axes, config, overrides, base)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

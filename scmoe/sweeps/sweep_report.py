@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter
 
 from scmoe.charts import SMALL, WIDTH, chart, heading
 from scmoe.config.as_yaml import to_yaml
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.report import Report
 from scmoe.sweeps.search import Trial, best
 from scmoe.sweeps.sweep_file import Sweep, words
@@ -53,7 +53,7 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     counts = {"finished": states["finished"], "failed": states["failed"]}
     summary: dict[str, Any] = {"trials": len(trials), **counts, "best": None}
     if (first := best(sweep, trials)) is not None:
-        config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
+        config = load_config(sweep.config, [*sweep.overrides, *words(first.parameters)])
         origin = (
             f"# Trial {first.number} of the sweep {sweep.name}, {sweep.metric} {first.value:.6g}."
         )

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from experiments.engine.ranks import run_ranks
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_module
 from tests.support.architectures import LATENT
 from tests.support.trainings import fit
@@ -24,7 +24,7 @@ def both(rank: int, world_size: int, words: str) -> list[tuple[list[int], float,
 def graphs(words: str) -> tuple[list[int], float, int]:
     """Train six steps with a validation after every second one. Return the number of graphs after
     each, the last loss, and the number of graph breaks."""
-    config = load(
+    config = load_config(
         "configs/debug.yaml", [*words.split(), "trainer.max_steps=6", "trainer.val_every=2"]
     )
     torch.manual_seed(1)

@@ -9,7 +9,7 @@ import pytest
 
 from scmoe.cli import params as parameters
 from scmoe.command_line import call
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_model
 
 XL = "configs/model/gpt3_moe_xl.yaml"
@@ -59,7 +59,9 @@ def test_params_prints_json_for_the_given_preset(capsys):
     counts = last_line(capsys)
     assert counts.keys() == {"gpt2_moe_small_tiny"}
     assert counts["gpt2_moe_small_tiny"].keys() == parameters.COUNTED_ARCHITECTURES.keys()
-    model = build_model(load(parameters.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"]))
+    model = build_model(
+        load_config(parameters.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"])
+    )
     total = sum(p.numel() for p in model.parameters())
     idle = (
         sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8

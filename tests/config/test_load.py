@@ -12,14 +12,14 @@ from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config, LoggerConfig
 from scmoe.config.leaves import ConfigError, flatten, four_digits
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from tests.support.configs import IMPOSSIBLE
 
 
 def refusal(path: Path | None, *overrides: str) -> str:
     """Return the one error line of a refused configuration."""
     with pytest.raises(ConfigError) as caught:
-        load(path, overrides)
+        load_config(path, overrides)
     return str(caught.value)
 
 
@@ -64,15 +64,15 @@ def test_any_text_and_number_survives_saving(
     )
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(to_yaml(config), encoding="utf-8", newline="")
-    assert load(path) == config
+    assert load_config(path) == config
 
 
 def test_an_empty_mapping_has_the_defaults_and_an_empty_file_is_refused(write):
-    assert load(None) == load(write("defaults.yaml", "{}\n")) == Config()
+    assert load_config(None) == load_config(write("defaults.yaml", "{}\n")) == Config()
     for text in ("", "# nothing\n"):
         assert "the file is empty" in refusal(write("empty.yaml", text))
     with pytest.raises(FrozenInstanceError):
-        load(None).seed = 2
+        load_config(None).seed = 2
 
 
 def test_a_large_number_is_written_with_all_its_digits():
@@ -84,9 +84,13 @@ def test_a_large_number_is_written_with_all_its_digits():
 
 
 def test_a_preset_is_found_by_its_bare_name_and_what_is_suggested_is_found():
-    assert load("longcat_flash") == load("model/longcat_flash") == load("longcat_flash.yaml")
+    assert (
+        load_config("longcat_flash")
+        == load_config("model/longcat_flash")
+        == load_config("longcat_flash.yaml")
+    )
     suggested = refusal("slow_netwrk").partition("did you mean ")[2].partition("?")[0]
-    assert load(suggested) == load("experiment/slow_network")
+    assert load_config(suggested) == load_config("experiment/slow_network")
 
 
 def test_a_later_source_overrides_an_earlier_one(write):
@@ -97,14 +101,14 @@ def test_a_later_source_overrides_an_earlier_one(write):
     path = write(
         "own/own.yaml", "extends: [../base.yaml, ../model/big.yaml]\nmodel: {layers: 8}\nmoe: {}\n"
     )
-    config = load(path, ["seed=3", "--seed=4"])
+    config = load_config(path, ["seed=3", "--seed=4"])
     assert (config.optim.lr, config.model.dim, config.model.layers, config.seed) == (1.0, 128, 8, 4)
     assert config.name == "big"
 
 
 def test_an_entry_of_a_mapping_replaces_what_an_earlier_source_has_there():
     words = ("extensions=[json]", "options={a: {b: 1}, c: {d: 1}}", "options.a={}", "options.c=[2]")
-    assert load(None, words).options == {"a": {}, "c": [2]}
+    assert load_config(None, words).options == {"a": {}, "c": [2]}
 
 
 @pytest.mark.parametrize(
@@ -133,14 +137,14 @@ def test_an_entry_of_a_mapping_replaces_what_an_earlier_source_has_there():
     ],
 )
 def test_a_value_gets_the_type_of_its_field(override, key, value):
-    found = flatten(load(None, [override]))[key]
+    found = flatten(load_config(None, [override]))[key]
     assert found == value and type(found) is type(value)
 
 
 def test_expert_parallel_ranks_by_default():
-    assert resolve_ep_size(load(None, ["moe.num_experts=12", "trainer.devices=8"])) == 4
-    assert resolve_ep_size(load(None, ["moe.architecture=dense", "trainer.devices=8"])) == 1
-    assert resolve_ep_size(load(None, ["strategy.ep_size=2", "trainer.devices=8"])) == 2
+    assert resolve_ep_size(load_config(None, ["moe.num_experts=12", "trainer.devices=8"])) == 4
+    assert resolve_ep_size(load_config(None, ["moe.architecture=dense", "trainer.devices=8"])) == 1
+    assert resolve_ep_size(load_config(None, ["strategy.ep_size=2", "trainer.devices=8"])) == 2
 
 
 # What is refused
@@ -168,7 +172,7 @@ def test_impossible_combination_names_its_key(key, overrides):
     ],
 )
 def test_possible_combination_passes(overrides):
-    load(None, overrides.split())
+    load_config(None, overrides.split())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.command_line import call
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.config.registry import (
     ARCHITECTURES,
     CALLBACKS,
@@ -62,9 +62,9 @@ def test_the_built_in_names_are_those_that_scmoe_registers(registry):
 
 
 def test_registered_names_are_allowed_and_listed(capsys):
-    load(None, [EXTENSION])
+    load_config(None, [EXTENSION])
     with pytest.raises(ConfigError, match=r"moe\.architecture is 'x', .*farskip .*parallel"):
-        load(None, ["moe.architecture=x"])
+        load_config(None, ["moe.architecture=x"])
     found = catalogue()
     assert ("moe.architecture=parallel", "") in found["Architectures"] and (
         "optim.name=sgd",
@@ -99,7 +99,7 @@ def test_what_needs_scmoes_own_blocks_is_refused(word):
         ConfigError,
         match=rf"{word.partition('=')[0]} is .* as moe\.architecture=parallel is an ext",
     ):
-        load(None, [*PARALLEL, word])
+        load_config(None, [*PARALLEL, word])
 
 
 def test_fields_that_an_extension_may_read_are_free():
@@ -107,15 +107,15 @@ def test_fields_that_an_extension_may_read_are_free():
         "moe.position=pos1 moe.first_position=pos3 moe.tap_norm=shared moe.combine=cg2"
         " schedule.slot=9 options.a=1"
     )
-    config = load(None, [*PARALLEL, *words.split()])
+    config = load_config(None, [*PARALLEL, *words.split()])
     kept = model_settings(config)
     assert (kept["moe.position"], kept["moe.combine"], kept["options"]) == ("pos1", "cg2", {"a": 1})
 
 
 def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_refused():
-    config = load(None, [*TINY, *PARALLEL])
+    config = load_config(None, [*TINY, *PARALLEL])
     facts, scmoe = (
-        estimate(load(None, [*TINY, *words]))
+        estimate(load_config(None, [*TINY, *words]))
         for words in (PARALLEL, ("moe.every=1", "moe.position=pos1"))
     )
     assert facts["all_to_all_bytes_forward"] == scmoe["all_to_all_bytes_forward"] > 0
@@ -124,13 +124,15 @@ def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_
         hf_config(config, None)
     ROUTERS.register("mine")(lambda config: Scoring())
     with pytest.raises(ValueError, match=r"an extension defines moe\.router=mine"):
-        hf_config(load(None, [*TINY, "moe.router=mine"]), None)
+        hf_config(load_config(None, [*TINY, "moe.router=mine"]), None)
 
 
 def test_the_scale_of_a_router_is_kept_and_the_configuration_multiplies_it():
     ROUTERS.register("mine")(lambda config: Scoring(scale=2.5))
     for factor, scale in ((1, 2.5), (2, 5.0)):
-        model = build_model(load(None, [*TINY, "moe.router=mine", f"moe.router_scale={factor}"]))
+        model = build_model(
+            load_config(None, [*TINY, "moe.router=mine", f"moe.router_scale={factor}"])
+        )
         assert model.blocks[0].moe.router.scoring.scale == scale
 
 
@@ -151,7 +153,7 @@ def test_a_router_that_gives_no_usable_weights_is_refused_by_its_name_at_the_sta
     with pytest.raises(
         ConfigError, match=rf"moe\.router is 'mine' \(tests\.config\.test_registry.*{wrong}"
     ):
-        checked_model(load(None, [*TINY, "moe.router=mine"]))
+        checked_model(load_config(None, [*TINY, "moe.router=mine"]))
 
 
 def test_a_score_may_make_tensors_and_reach_its_highest_value():
@@ -159,7 +161,7 @@ def test_a_score_may_make_tensors_and_reach_its_highest_value():
         return (logits + torch.linspace(0, 1, logits.shape[-1])).clamp(0, 1)
 
     ROUTERS.register("mine")(lambda config: Scoring(clipped, sums_to_one=False))
-    build_model_on_meta(load(None, [*TINY, "moe.router=mine"]))
+    build_model_on_meta(load_config(None, [*TINY, "moe.router=mine"]))
 
 
 class Turned(Router):
@@ -186,7 +188,7 @@ def test_an_architecture_may_reuse_pairs_and_bring_a_router():
 
     tokens = torch.arange(8)[None]
     models = {
-        name: build_model(load(None, [*TINY, f"moe.architecture={name}"]))
+        name: build_model(load_config(None, [*TINY, f"moe.architecture={name}"]))
         for name in ("scmoe", "mine", "turned")
     }
     logits = {name: model.eval()(tokens)[0] for name, model in models.items()}
@@ -209,7 +211,7 @@ def test_a_subclass_of_farskips_block_gets_its_parts():
     )
     words = (*TINY, "moe.every=1", "moe.leading_dense=[16]")
     own, ours = (
-        build_model(load(None, [*words, f"moe.architecture={name}"]))
+        build_model(load_config(None, [*words, f"moe.architecture={name}"]))
         for name in ("skips", "farskip")
     )
     tokens = torch.arange(8)[None]
@@ -224,12 +226,12 @@ def test_a_family_puts_its_model_around_any_architecture():
         return GPT(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks)
 
     FAMILIES.register("bare")(lambda config, wire: nn.Linear(2, 2))
-    config = load(None, [*TINY, "model.family=narrow"])
+    config = load_config(None, [*TINY, "model.family=narrow"])
     model = build_model(config)
     logits, stats = model(torch.zeros(1, 4, dtype=torch.int64))
     assert logits.shape == (1, 4, 64) and len(stats) == 1 and build_module(config)
     with pytest.raises(ConfigError, match=r"'bare', whose network lacks blocks, steps"):
-        build_model_on_meta(load(None, [*TINY, "model.family=bare"]))
+        build_model_on_meta(load_config(None, [*TINY, "model.family=bare"]))
 
 
 def test_a_family_without_halves_is_refused_two_batches_before_ranks_start():
@@ -239,7 +241,7 @@ def test_a_family_without_halves_is_refused_two_batches_before_ranks_start():
     FAMILIES.register("whole")(lambda config, context: whole)
     two = ("trainer.devices=2", "schedule.batches_in_flight=2", "model.family=whole")
     with pytest.raises(ConfigError, match="has no Halves"):
-        build_model_on_meta(load(None, [*TINY, *two]))
+        build_model_on_meta(load_config(None, [*TINY, *two]))
 
 
 def test_images_go_with_models_of_images(monkeypatch):
@@ -247,15 +249,15 @@ def test_images_go_with_models_of_images(monkeypatch):
     DATASETS.register("mine")(lambda config, position: None)
     FAMILIES.register("vit", images=True)(print)
     with pytest.raises(ConfigError, match=r"data\.name is 'mine', .*image_folder"):
-        load(None, ["data.name=mine", "model.family=vit"])
-    assert load(
+        load_config(None, ["data.name=mine", "model.family=vit"])
+    assert load_config(
         None, ["data.name=digits", "model.family=vit", "model.ffn_dim=64", "model.dropout=0.1"]
     )
-    assert load(None, ["data.name=mine", "data.vocab_size=10", "data.path=x"])
+    assert load_config(None, ["data.name=mine", "data.vocab_size=10", "data.path=x"])
 
 
 def test_a_data_set_reads_its_options():
-    config = load(None, [*TINY, EXTENSION, "data.name=counting", "options.stride=3"])
+    config = load_config(None, [*TINY, EXTENSION, "data.name=counting", "options.stride=3"])
     data = build_datamodule(config)
     data.setup("fit")
     assert data.splits.tokens["train"][:4].tolist() == [0, 3, 6, 9]
@@ -273,7 +275,7 @@ def test_the_words_that_name_callbacks_again_are_read_as_they_were():
     CALLBACKS.register("mine")(lambda **_: None)
     given = words(["my_architecture"], {"mine": options})
     assert given[0] == "extensions=[my_architecture]" and "callbacks.mine.path=a/b-c.txt" in given
-    assert load(None, given[1:]).callbacks == {"mine": options}
+    assert load_config(None, given[1:]).callbacks == {"mine": options}
 
 
 def test_frozen_experts_are_not_trained_and_all_else_is():
@@ -284,7 +286,7 @@ def test_frozen_experts_are_not_trained_and_all_else_is():
             block.moe.experts.requires_grad_(False)
         return blocks
 
-    module = build_module(load(None, [*TINY, "moe.architecture=frozen"]))
+    module = build_module(load_config(None, [*TINY, "moe.architecture=frozen"]))
     module.configure_model()
     trained = {p for group in module.trained() for p in group}
     assert {name for name, p in module.named_parameters() if p not in trained} == {

@@ -13,7 +13,7 @@ import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.config.installation import scmoe as scmoe_command
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.run.output import open_output
@@ -117,7 +117,7 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     resumed = command("resume", *resume, named[0], f"callbacks.{name}.every=8")
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
     (checkpoint,) = (folder / "runs/latest/checkpoints").glob("step=3.ckpt")
-    config = load("configs/debug.yaml", named)
+    config = load_config("configs/debug.yaml", named)
     going_on = Resumed(folder / "runs/latest", checkpoint, None)
     stopped = open_output(config, build_model_on_meta(config), (), going_on)
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err, stopped:
@@ -142,7 +142,7 @@ def test_a_config_beside_an_export_is_not_trusted(kept, modules, tmp_path):
 
 def refusal(*words: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        load(None, words)
+        load_config(None, words)
     return str(caught.value)
 
 
@@ -194,8 +194,8 @@ def test_callbacks_and_options_are_checked_before_anything_starts(modules, monke
     monkeypatch.setattr(CALLBACKS, "makers", {})  # another test may have imported an extension
     assert "No callback is registered" in refusal("callbacks.x.every=2")
     name = f"extensions=[{modules.write('checked')}]"
-    assert load(None, [name, "callbacks={checked: {}}"]).callbacks == {"checked": {}}
-    assert load(None, [name, "callbacks.checked.every=[1, null]"]).callbacks == {
+    assert load_config(None, [name, "callbacks={checked: {}}"]).callbacks == {"checked": {}}
+    assert load_config(None, [name, "callbacks.checked.every=[1, null]"]).callbacks == {
         "checked": {"every": [1, None]}
     }
     assert "allowed: checked" in refusal(name, "callbacks.chequed={}")
@@ -205,4 +205,4 @@ def test_callbacks_and_options_are_checked_before_anything_starts(modules, monke
         "trainer.extra.callbacks=[]"
     )
     assert "options is {'a': 1}, allowed: {}, as only extensions read it" in refusal("options.a=1")
-    assert load(None, [name, "options.a=1"]).options == {"a": 1}
+    assert load_config(None, [name, "options.a=1"]).options == {"a": 1}

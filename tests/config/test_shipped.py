@@ -7,7 +7,7 @@ import pytest
 
 from experiments.tables.table_file import load_table
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import SHIPPED, find, load, shipped_and_own
+from scmoe.config.load import SHIPPED, find, load_config, shipped_and_own
 from scmoe.sweeps.sweep_file import read
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_every_shipped_configuration_has_names(name):
     assert path.samefile(
         ROOT / "configs" / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
     )
-    assert load(name).name == load(path).name
+    assert load_config(name).name == load_config(path).name
 
 
 def test_the_links_of_the_package_are_the_folders_of_the_repository():
@@ -49,26 +49,26 @@ def test_the_current_folder_comes_first():
     Path("configs").mkdir()
     for place in ("configs/quickstart.yaml", "quickstart.yaml"):
         Path(place).write_text(f"name: {place.replace('/', '-')}\n")
-        assert find("quickstart") == Path(place) and load("quickstart").name == place.replace(
-            "/", "-"
-        )
-    assert load("configs/quickstart.yaml").name == "configs-quickstart.yaml"
+        assert find("quickstart") == Path(place) and load_config(
+            "quickstart"
+        ).name == place.replace("/", "-")
+    assert load_config("configs/quickstart.yaml").name == "configs-quickstart.yaml"
     assert shipped_and_own()["configs/quickstart.yaml"] == Path("configs/quickstart.yaml")
     Path("debug").mkdir()  # a folder is no configuration
-    assert load("debug").name == "debug"
+    assert load_config("debug").name == "debug"
 
 
 def test_a_file_may_extend_a_shipped_one_by_name():
     Path("mine.yaml").write_text(
         "extends: [quickstart, configs/strategy/single.yaml]\nname: mine\n"
     )
-    mine, theirs = load("mine"), load("quickstart")
+    mine, theirs = load_config("mine"), load_config("quickstart")
     assert (mine.name, mine.strategy.ep_size, mine.model) == ("mine", 1, theirs.model)
 
 
 def test_an_unknown_name_is_refused_with_the_verb_that_lists_them():
     with pytest.raises(ConfigError, match=r"^quikstart: .* did you mean quickstart\?"):
-        load("quikstart")
+        load_config("quikstart")
 
 
 def test_tables_and_sweeps_are_found_too():

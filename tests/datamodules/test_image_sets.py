@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.datamodules.image_sets import (
     ImageSplits,
     digits,
@@ -75,7 +75,7 @@ def test_fashion_mnist_from_a_folder(fashion):
 
 def test_the_quickstart_reads_fashion_mnist_from_a_path(fashion):
     words = [f"data.path={fashion}", "data.num_classes=3", "data.global_batch_size=4"]
-    data = build_datamodule(load("configs/quickstart_fashion.yaml", words))
+    data = build_datamodule(load_config("configs/quickstart_fashion.yaml", words))
     assert data.name == "fashion_mnist"
     batch = next(iter(data.train_dataloader()))
     assert batch["images"].shape == (4, 3, 32, 32) and batch["labels"].shape == (4, 3)
@@ -105,7 +105,7 @@ def test_missing_or_wrong_data_is_named(tmp_path, fashion, folder):
     with pytest.raises(
         ConfigError, match=r"data\.num_classes is 1, allowed: int, 2 to"
     ):  # there is no such accuracy
-        load("configs/quickstart_fashion.yaml", ["data.num_classes=1"])
+        load_config("configs/quickstart_fashion.yaml", ["data.num_classes=1"])
 
 
 HEADER = bytes((0, 0, 8, 1)) + struct.pack(">I", 3)

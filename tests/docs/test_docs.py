@@ -20,7 +20,7 @@ from experiments.tables.table_file import load_table
 from scmoe.command_line import VERBS, build_app, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.config.registry import ARCHITECTURES
 from scmoe.predict.cluster import parse_profile, read_profile
 from scmoe.predict.costs import load_for
@@ -243,10 +243,10 @@ def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
             assert parse_profile(block, str(page), "mine").ranks == tree["ranks"]
         else:
             (table or tmp_path / "my.yaml").write_text(block)
-            assert load(table or "my.yaml").name == tree.get("name", "debug")
+            assert load_config(table or "my.yaml").name == tree.get("name", "debug")
     if table is not None:
         for row in load_table("mine").rows:
-            load(table, row.overrides)
+            load_config(table, row.overrides)
     sys.modules.pop("my_module", None)
 
 
@@ -274,7 +274,7 @@ def refused(command: str) -> str | None:
             if "ranks" in numbers:
                 load_for(config, numbers["ranks"], 1, given)
             else:
-                load(config, given)
+                load_config(config, given)
         fields = {word.partition("=")[0] for word in given} - {
             leaf.key for leaf in leaves(Config())
         }

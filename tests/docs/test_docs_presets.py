@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scmoe.blocks.wirings import WIRINGS, Wiring
 from scmoe.config.derived import resolve_wiring
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 MODELS = {  # a model's name in the tables: its wiring, and its preset
@@ -36,9 +36,9 @@ def words(cell: str) -> list[str]:
 
 
 def test_a_row_of_the_wirings_has_the_defaults_of_a_configuration():
-    assert resolve_wiring(load(None)) == Wiring() == WIRINGS["scmoe"]
+    assert resolve_wiring(load_config(None)) == Wiring() == WIRINGS["scmoe"]
     for row in WIRINGS.values():
-        assert resolve_wiring(load(None, row.overrides)) == row
+        assert resolve_wiring(load_config(None, row.overrides)) == row
 
 
 def test_the_overrides_and_the_preset_of_each_shortcut_are_a_row_of_the_wirings():
@@ -47,8 +47,8 @@ def test_the_overrides_and_the_preset_of_each_shortcut_are_a_row_of_the_wirings(
     for name, overrides, call, file in table:
         row, preset = MODELS[name]
         assert f'shortcut="{row}"' in call
-        assert resolve_wiring(load("quickstart", words(overrides))) == WIRINGS[row], name
-        assert resolve_wiring(load(preset)) == WIRINGS[row], name
+        assert resolve_wiring(load_config("quickstart", words(overrides))) == WIRINGS[row], name
+        assert resolve_wiring(load_config(preset)) == WIRINGS[row], name
         assert file == "the same" or (DOCS.parent / file.strip("`")).exists()
 
 
@@ -57,4 +57,4 @@ def test_overrides_of_the_configuration_page_load():
     for _, cell in rows("configuration.md", "## Overrides")[1:]:
         for text in re.findall(r"`([^`]*=[^`]*)`", cell):
             if "my_package" not in text and "strategy.ep_size` times" not in text:
-                load("quickstart", [word for word in text.split() if "=" in word])
+                load_config("quickstart", [word for word in text.split() if "=" in word])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 BATCH_FILE = ROOT / "experiments/train.sbatch"
@@ -30,7 +30,7 @@ def sbatch_options() -> dict[str, str]:
 
 
 def config_of(words: list[str]) -> Config:
-    return load(words[0], words[1:])
+    return load_config(words[0], words[1:])
 
 
 def simulated(folder: Path, *arguments: str, **variables: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.tables.table_file import load_table
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from tests.support.commands import ROOT, Done, run
 
 SMOKE = (
@@ -70,7 +70,7 @@ def test_two_tables_are_made_in_turn(tmp_path):
 def test_all_tables_are_made_and_a_second_seed_adds_its_runs(tmp_path):
     assert_complete(tmp_path, reproduce(tmp_path), [*range(1, 8)])
     third = results(tmp_path, 3)
-    chance = math.log(load(ROOT / third["config"]).data.vocab_size)
+    chance = math.log(load_config(ROOT / third["config"]).data.vocab_size)
     for row in third["rows"]:
         assert row["ours"]["mean"] == pytest.approx(chance, abs=0.5), (
             "after four steps the loss is near that of chance"

@@ -5,7 +5,7 @@ import pytest
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.config.registry import ARCHITECTURES
 from tests.support import cases
 from tests.support.architectures import (
@@ -36,7 +36,7 @@ NAMED = (  # Tables 1 to 7 and A.7
 
 def test_every_row_of_the_tables_is_listed_exactly_once():
     assert set(TABLES) == set(NAMED)
-    configs = [load(None, overrides(words)) for words in (TABLES | EVERY_BLOCK).values()]
+    configs = [load_config(None, overrides(words)) for words in (TABLES | EVERY_BLOCK).values()]
     assert all(config not in configs[:i] for i, config in enumerate(configs))
 
 
@@ -47,7 +47,7 @@ def test_every_choice_of_the_config_is_in_a_row(field):
         ARCHITECTURES.built_in if field == "architecture" else choices
     )  # other tests register more
     seen = {
-        getattr(load(None, overrides(words)).moe, field)
+        getattr(load_config(None, overrides(words)).moe, field)
         for words in (TABLES | BETWEEN_BLOCKS).values()
     }
     assert seen == set(choices) - {"dense"}

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from experiments.engine.profiles import peak_bytes, read_events
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Residual, outermost
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.inference.generate import decode, prefill, stream
 from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.models.run_as import schedule_of
@@ -156,7 +156,7 @@ def test_images_of_both_halves(images_of_rank):
     """With one image the second half is empty."""
     pytest.importorskip("timm", reason="needs the extra `vision`")
     pytest.importorskip("sklearn", reason="needs the extra `vision`")
-    model = tiny_model(load(None, [*IMAGES, "moe.capacity_factor=null"]))
+    model = tiny_model(load_config(None, [*IMAGES, "moe.capacity_factor=null"]))
     shape_BCHW = (images_of_rank, 3, 32, 32)
     images = torch.randn(
         shape_BCHW, dtype=torch.float64, generator=torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.models.model_cost import (
     count_parameters,
     forward_flops,
@@ -204,7 +204,7 @@ def test_flops_of_pictures_are_what_torch_counts():
     )
     words += " data.name=digits data.image_size=32 data.num_classes=10"
     words += " moe.num_experts=4 moe.capacity_factor=null moe.architecture=dgmoe"
-    model = build_model(load(None, words.split()))
+    model = build_model(load_config(None, words.split()))
     attentions = [module for module in model.modules() if hasattr(module, "cpb_mlp")]
     bias = sum(
         attention.relative_coords_table.numel() * weight.numel()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.training.assembly.model import build_model, build_model_on_meta
@@ -32,7 +32,7 @@ TINY = (
 
 
 def tiny(words: str, *further: str) -> Config:
-    return load(None, [*TINY, *overrides(words), *further])
+    return load_config(None, [*TINY, *overrides(words), *further])
 
 
 def images(size: int = 32) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_drop_path_grows_from_zero_to_the_last_block():
 def test_presets_have_table_9s_shape(size, dim, heads, million):
     """157M is the paper's number for SwinV2-MoE-S without shared experts (A.7); it has none for B:
     279M is ours."""
-    config = load(
+    config = load_config(
         f"configs/model/swinv2_moe_{size}.yaml", ["moe.architecture=top_k", "moe.top_k=2"]
     )
     assert (config.data.image_size, config.model.window, config.moe.capacity_factor) == (
@@ -171,7 +171,7 @@ def test_presets_have_table_9s_shape(size, dim, heads, million):
 def test_a_model_requires_its_own_kind_of_data():
     for words in (["data.name=digits"], ["model.family=swin"]):
         with pytest.raises(ValueError, match=r"data\.name is"):
-            load(None, words)
+            load_config(None, words)
     for key, value in (("model.ffn_dim", "8"), ("moe.tap_norm", "shared"), ("data.seq_len", "9")):
         with pytest.raises(ValueError, match=f"{key} is .* has (no )?images"):
             tiny("", f"{key}={value}")
@@ -181,6 +181,6 @@ def test_a_model_requires_its_own_kind_of_data():
     with pytest.raises(ValueError, match=r"inside_attention is .* attention that is one operator"):
         tiny("", "schedule.inside_attention=true")
     with pytest.raises(ValueError, match=r"data\.mixup is .* has (no )?images"):
-        load(None, ["data.mixup=0.5"])
+        load_config(None, ["data.mixup=0.5"])
     with pytest.raises(ValueError, match=r"global_batch_size is 30, allowed: a multiple of 4"):
         tiny("", "data.mixup=0.5", "data.global_batch_size=30", "trainer.devices=2")

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.callbacks.data_position import DataPosition
@@ -66,7 +66,7 @@ class RecordingClassifier(Recording, ImageClassifier):
 
 
 def tiny(words: str, world_size: int = 1) -> Config:
-    return load(None, [*TINY, f"trainer.devices={world_size}", *overrides(words)])
+    return load_config(None, [*TINY, f"trainer.devices={world_size}", *overrides(words)])
 
 
 def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:

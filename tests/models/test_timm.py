@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 from tests.support.models import assert_close, gradients, randomise
 
@@ -50,7 +50,7 @@ def config_of(*overrides: str) -> Config:
         "moe.architecture=dense data.name=digits data.image_size=64 data.num_classes=7"
         " model.drop_path=0.3"
     )
-    return load(None, [*words.split(), *data.split(), *overrides])
+    return load_config(None, [*words.split(), *data.split(), *overrides])
 
 
 def both(config: Config) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -121,7 +121,7 @@ def test_dense_presets_are_timms_models(preset, name):
     with torch.device("meta"):
         theirs = timm.create_model(name, img_size=192, window_size=12, num_classes=1000)
     ours = build_model_on_meta(
-        load(f"configs/model/swinv2_moe_{preset}.yaml", ["moe.architecture=dense"])
+        load_config(f"configs/model/swinv2_moe_{preset}.yaml", ["moe.architecture=dense"])
     )
     shapes = {our_name(key): p.shape for key, p in theirs.named_parameters()}
     assert shapes == {key: p.shape for key, p in ours.named_parameters()}

@@ -6,7 +6,7 @@ import pytest
 
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, load_text
+from scmoe.config.load import load_config, load_text
 from scmoe.runs.on_ranks import config_without_training
 
 FOUR_SEQUENCES = ("trainer.devices=2", "data.global_batch_size=4", "moe.num_experts=4")
@@ -16,7 +16,7 @@ def test_a_run_on_nodes_is_used_in_one_process():
     nodes = ("trainer.devices=2", "trainer.num_nodes=2", "data.global_batch_size=8")
     nodes += ("strategy.dense=hybrid",)
     config = config_without_training(
-        lambda words: load(None, [*nodes, *words]), Path("weights"), ()
+        lambda words: load_config(None, [*nodes, *words]), Path("weights"), ()
     )
     assert (config.trainer.devices, config.trainer.num_nodes, config.strategy.ep_size) == (
         1,
@@ -45,7 +45,7 @@ def test_a_run_on_nodes_is_used_in_one_process():
 )
 def test_between_ranks_a_run_is_used_with_its_own_batches_in_flight(words, asked, schedule):
     """Four ranks have one sequence each of the training's batch, which matters to trainings."""
-    run = to_yaml(load(None, [*FOUR_SEQUENCES, f"schedule.{words}"]))
+    run = to_yaml(load_config(None, [*FOUR_SEQUENCES, f"schedule.{words}"]))
 
     def read(words):
         return load_text(run, "saved", words, trains=False)
@@ -60,7 +60,7 @@ def test_between_ranks_a_run_is_used_with_its_own_batches_in_flight(words, asked
 
 
 def test_probes_of_a_training_do_not_forbid_two_batches_in_its_generation():
-    run = to_yaml(load(None, [*FOUR_SEQUENCES, "analysis.record_routing=5"]))
+    run = to_yaml(load_config(None, [*FOUR_SEQUENCES, "analysis.record_routing=5"]))
     asked = ("trainer.devices=2", "schedule.batches_in_flight=2")
     config = config_without_training(
         lambda words: load_text(run, "saved", words, trains=False), Path("weights"), asked

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scmoe.command_line import call
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.runs import compare
 from scmoe.runs import seen as runs
 from scmoe.training.run.directory import (
@@ -43,7 +43,9 @@ def make_run(folder: Path, name: str, *overrides: str, state: str = "finished") 
     does."""
     run_dir = folder / name
     run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(to_yaml(load(ROOT / "configs/debug.yaml", overrides)))
+    (run_dir / "config.yaml").write_text(
+        to_yaml(load_config(ROOT / "configs/debug.yaml", overrides))
+    )
     (run_dir / "overrides.txt").write_text("".join(f"{word}\n" for word in overrides))
     (run_dir / "metrics.csv").write_text(METRICS)
     write_state(run_dir, state)

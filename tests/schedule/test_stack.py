@@ -17,7 +17,7 @@ from torch import nn
 from experiments.bench.overlap import timeline
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.halved_batches import may_run_two_batches
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.files import read_json
 from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.recorder import Recorder
@@ -278,7 +278,7 @@ def test_two_batches_are_chosen_for_long_transfers_and_one_where_halving_costs_m
     ],
 )
 def test_auto_tries_two_batches_where_they_would_be_accepted(words, may):
-    config = load(None, ["trainer.devices=2", "schedule.auto=true", *words.split()])
+    config = load_config(None, ["trainer.devices=2", "schedule.auto=true", *words.split()])
     assert may_run_two_batches(config) is may
     (callback,) = [c for c in build_callbacks(config, None) if isinstance(c, AdaptiveSchedule)]
     assert callback.in_flight == ((1, 2) if may else (1,))
@@ -299,7 +299,7 @@ def test_a_plan_with_two_batches_survives_its_file_and_is_drawn_in_halves(tmp_pa
 
 def test_an_evaluation_knows_the_number_of_batches_that_auto_has_chosen(tmp_path):
     """A capacity counts the tokens of a half then."""
-    config = load(None, ["trainer.devices=2", "schedule.auto=true"])
+    config = load_config(None, ["trainer.devices=2", "schedule.auto=true"])
     assert not ran_two_batches(tmp_path, config, 20), "nothing is chosen yet"
     choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
     (tmp_path / "plan.json").write_text(json.dumps(plan_to_json(choice, {}, 9)))

@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.expert_gradients import ExpertGradientReducer
 from scmoe.parallel.update.guard import Guard
@@ -255,7 +255,7 @@ def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) 
     padding; swin one. broken: a fault of broken_steps.py, which must make it raise.
     """
     family, *rest = words.split()
-    config = load(None, [*ALL, *FAMILIES[family], *overrides(" ".join(rest))])
+    config = load_config(None, [*ALL, *FAMILIES[family], *overrides(" ".join(rest))])
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.weights.hf_config import scmoe_config
 from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.models import randomise
@@ -48,7 +48,9 @@ def config_of(words: str) -> Any:
         "moe.num_experts=6",
     )
     data = ("data.name=synthetic", f"data.vocab_size={VOCABULARY}", f"data.seq_len={LENGTH}")
-    content = scmoe_config(load(None, [*sizes, *data, "moe.capacity_factor=null", *words.split()]))
+    content = scmoe_config(
+        load_config(None, [*sizes, *data, "moe.capacity_factor=null", *words.split()])
+    )
     return ScMoEConfig(
         **{
             key: value

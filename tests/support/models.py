@@ -41,9 +41,9 @@ TINY = (
 
 @cache
 def tiny(*overrides: str) -> Config:
-    from scmoe.config.load import load  # here, so that the `gpu` tests run without omegaconf
+    from scmoe.config.load import load_config  # here, so that the `gpu` tests run without omegaconf
 
-    return load(None, [*TINY, *overrides])
+    return load_config(None, [*TINY, *overrides])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.as_yaml import to_yaml
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 
 HOST = "trainer-17"
 KEY = "wandb_v1_" + "A" * 40
@@ -20,7 +20,7 @@ def write_run(folder: Path, name: str = "quickstart", stamp: str = "20261129-101
     """Write a run of 30 steps that has everything a report shows."""
     run = folder / name / f"{stamp}-lr-1e-3"
     (run / "analysis").mkdir(parents=True)
-    config = load("quickstart", ["trainer.max_steps=30"])
+    config = load_config("quickstart", ["trainer.max_steps=30"])
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (run / "overrides.txt").write_text("optim.lr=1e-3\n", encoding="utf-8")
     environment = {

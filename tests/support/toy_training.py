@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from scmoe.config.as_yaml import to_yaml
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 
 
 def main(pause: str, program: str, arguments: list[str]) -> int:
     pause_s, paused_lr = map(float, pause.split("@"))
     if program == "resume":
         run_dir = Path(arguments[0])
-        config = load(run_dir / "config.yaml")
+        config = load_config(run_dir / "config.yaml")
     else:
-        config = load(arguments[0], arguments[1:])
+        config = load_config(arguments[0], arguments[1:])
         run_dir = Path(config.runs_dir) / config.name / uuid.uuid4().hex
         run_dir.mkdir(parents=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))

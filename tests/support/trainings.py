@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense.sharded import put, reshard
@@ -56,7 +56,7 @@ TINY = (
 
 def tiny(text: str, world_size: int = 1) -> Config:
     """Return the config of words such as `moe.top_k=2`; `moe.` may be left out."""
-    return load(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])
+    return load_config(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])
 
 
 class Recording(MoEModule):

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.sweeps.search import Trial, best
 from scmoe.sweeps.sweep_report import draw, table, write_report
 from tests.support.pictures import assert_readable
@@ -28,7 +28,7 @@ def test_the_report_says_which_was_best(sweep_of, tmp_path):
     assert lines[0] == "trial,state,optim.lr,moe.combine,val/loss,steps,seconds,run_dir,reason"
     assert lines[2].startswith("2,finished,0.01,cg1,1,2,")
     assert "FloatingPointError: [no] / number |" in table(sweep, trials).markdown()
-    config = load(summary["best"]["config"])
+    config = load_config(summary["best"]["config"])
     assert (config.optim.lr, config.name) == (0.01, "debug")
     assert (sweep.folder / "chart.png").exists()
     for results in (trials, [failed], []):

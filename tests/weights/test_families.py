@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_model_on_meta, build_model_to_train
 from scmoe.weights import pretrained
 from scmoe.weights.hf_folder import write_folder
@@ -246,7 +246,7 @@ def change(folder: Path, **changes: Any) -> None:
 
 
 def config_of(case: str, folder: Path, *overrides: str) -> Config:
-    return load(None, [*DATA, *WORDS[case], f"init_from=hf:{folder}", *overrides])
+    return load_config(None, [*DATA, *WORDS[case], f"init_from=hf:{folder}", *overrides])
 
 
 def ids() -> Tensor:

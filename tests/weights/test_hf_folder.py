@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.training.assembly.model import build_model_on_meta, build_model_to_train
@@ -108,7 +108,7 @@ def config_of(words: str) -> Config:
         f"data.seq_len={LENGTH}",
         "moe.capacity_factor=null",
     )
-    return load(None, [*sizes, *data, *words.split()])
+    return load_config(None, [*sizes, *data, *words.split()])
 
 
 def checkpoint_of(config: Config, folder: Path) -> torch.nn.Module:

@@ -11,7 +11,7 @@ import torch
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train
@@ -56,7 +56,7 @@ def config_of(case: str, world_size: int, folder: Path, *further: str):
     family = "llama" if source in ("llama", "longcat") else "gpt"
     words += f" model.family={family} trainer.devices={world_size} init_from={weights}"
     words += " model.kv_heads=1" if source == "llama" else ""
-    return load(None, [*TRAINED, *words.split(), *further])
+    return load_config(None, [*TRAINED, *words.split(), *further])
 
 
 def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> dict[str, float]:

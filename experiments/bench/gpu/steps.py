@@ -33,7 +33,7 @@ from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from experiments.engine.step import Step
 from scmoe.config.fields import Config
-from scmoe.config.load import SHIPPED, load
+from scmoe.config.load import SHIPPED, load_config
 from scmoe.loads import BALANCED
 from scmoe.models.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
@@ -81,7 +81,7 @@ KEPT_TRACE = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
 
 def shipped_config(place: Place, name: str, *overrides: str) -> Config:
     """Return a shipped configuration for one device."""
-    return load(SHIPPED / name, [*ON_ONE, *overrides, *(TINY_MODEL if place.tiny else ())])
+    return load_config(SHIPPED / name, [*ON_ONE, *overrides, *(TINY_MODEL if place.tiny else ())])
 
 
 class TrainStep:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.config.load import SHIPPED, load
+from scmoe.config.load import SHIPPED, load_config
 from scmoe.inference.generate import stream
 from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.moe.recorder import Recorder
@@ -71,7 +71,7 @@ def measure(rank: int, world_size: int, tokens: int, rounds: int) -> Generation:
 
     AssertionError: two kinds of generation differ in a token.
     """
-    config = load(SHIPPED / "quickstart.yaml", [f"data.seq_len={PROMPT + tokens}"])
+    config = load_config(SHIPPED / "quickstart.yaml", [f"data.seq_len={PROMPT + tokens}"])
     model = build_model(config).eval()
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(config.data.vocab_size, (TEXTS, PROMPT), generator=generator)

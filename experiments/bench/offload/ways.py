@@ -31,7 +31,7 @@ from experiments.bench.other_settings import OffloadSetting
 from experiments.bench.pairs import BLOCK_TOP_K, ROWS, WIRING_OF
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
@@ -133,7 +133,7 @@ def build(setting: OffloadSetting, architecture: str) -> nn.Module:
         f"moe.top_k={BLOCK_TOP_K.get(block, 1)}",
         "moe.capacity_factor=null",
     )
-    config = load(
+    config = load_config(
         None, [*(f"model.{size}" for size in model), *data, *moe, *WIRING_OF[block].overrides]
     )
     return build_model(config).eval()

@@ -46,7 +46,7 @@ from scmoe.config.derived import max_steps, samples_of_rank
 from scmoe.config.fields import Config
 from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_suffix
 from scmoe.planning.clock import in_turn, median, quartiles
 from scmoe.predict.costs import estimate
@@ -119,7 +119,9 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
     require("bench train", "matplotlib")
     ranks = setting.ranks
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
-    configs = {row: load(setting.config, [*words, *row_overrides(row)]) for row in setting.rows}
+    configs = {
+        row: load_config(setting.config, [*words, *row_overrides(row)]) for row in setting.rows
+    }
     first = configs[setting.rows[0]]
     refuse_unequal(first)
     pair = pair_setting(first, setting.share, ranks, samples_of_rank(first) * first.data.seq_len)

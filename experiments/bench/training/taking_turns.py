@@ -24,7 +24,7 @@ from torch.profiler import profile
 from experiments.engine import links
 from experiments.engine.profiles import allocated_peak, memory_profile
 from experiments.engine.ranks import RankError, run_ranks
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.loads import CurrentLoad, Sizes, deal, load_of
 from scmoe.moe.router import Router
 from scmoe.planning.clock import median
@@ -172,7 +172,7 @@ def trained(
         words = [*words, "callbacks.turns={}", "logger.mode=disabled"]
         if rank == 0:
             words.append(f"runs_dir={folder}")
-        summary = train(load(config, words), quiet=True)
+        summary = train(load_config(config, words), quiet=True)
         if summary is None:
             return {}
         run = SeenRun(Path(summary["run_dir"]))

@@ -14,7 +14,7 @@ from experiments.bench.stacks import Variant, chosen_by, modelled_wait
 from experiments.bench.training.slow_network import ROWS_OF_TWO_BATCHES, TRAINED_ROWS, row_overrides
 from scmoe.command_line import call
 from scmoe.config.halved_batches import may_run_two_batches
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.predict.row_names import architecture_of, batches_of
 from scmoe.schedule.cost import OperatorTimes, exposed_time
@@ -51,7 +51,7 @@ def test_the_rows_of_a_training_in_halves_differ_in_the_schedule_alone():
     assert ROWS_OF_TWO_BATCHES.keys() == {f"{row}_two" for row in TRAINED_ROWS}
     for row in TRAINED_ROWS:
         one, two = (
-            load(None, ["trainer.devices=2", *row_overrides(r)]) for r in (row, f"{row}_two")
+            load_config(None, ["trainer.devices=2", *row_overrides(r)]) for r in (row, f"{row}_two")
         )
         assert two.schedule.batches_in_flight == 2 and not two.schedule.auto
         assert not may_run_two_batches(one) or not one.schedule.auto, "as its name says"

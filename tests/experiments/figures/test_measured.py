@@ -22,7 +22,7 @@ from experiments.bench.stacks import Variant
 from experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.command_line import call
 from scmoe.config.as_yaml import to_yaml
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.pricing import OPERATORS, STREAM
 from scmoe.predict.row_names import name_of
@@ -148,7 +148,9 @@ def reports(tmp_path):
 def write_run(folder: Path, *overrides: str, layers: int = 3, modules: int = 12) -> Path:
     """Write the directory of a run that has measured Fig. 9 and 10 at three steps."""
     (folder / "analysis").mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(load(ROOT / "configs/debug.yaml", overrides)))
+    (folder / "config.yaml").write_text(
+        to_yaml(load_config(ROOT / "configs/debug.yaml", overrides))
+    )
     random, steps = np.random.default_rng(0), [0, 50, 100]
     labels = [f"MoE layer {i}" for i in range(layers)]
     values = random.random((3, layers, 4))

@@ -22,7 +22,7 @@ from experiments.tables.table_runs import Run, plan_runs, read_states
 from experiments.tables.table_speeds import measure_speeds, read_speeds
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.sweeps import batch
 from scmoe.sweeps.batch import JobBatch
 from scmoe.sweeps.jobs import State, StudyJob, clock, hold_lock
@@ -86,7 +86,7 @@ class Fakes:
         own = dict(word.split("=", 1) for word in words)
         run_dir = Path(own["runs_dir"], own["name"], f"stamp-{len(self.calls)}")
         run_dir.mkdir(parents=True)
-        (run_dir / "config.yaml").write_text(to_yaml(load(config, words)))
+        (run_dir / "config.yaml").write_text(to_yaml(load_config(config, words)))
         return run_dir
 
     def bench(self, words: tuple[str, ...]) -> None:

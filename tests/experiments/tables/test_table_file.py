@@ -10,7 +10,7 @@ import torch
 from experiments.tables.table_file import load_table
 from experiments.tables.table_runs import plan_runs
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[3]
@@ -169,7 +169,7 @@ def test_the_papers_averages_of_table2_are_those_of_its_tasks():
 
 def test_table3_trains_as_the_paper_does():
     table = load_table("table3", CONFIGS)
-    small = load(table.scales["small"].config)
+    small = load_config(table.scales["small"].config)
     assert table.scales["small"].seeds >= 5
     assert small.trainer.max_steps * small.data.global_batch_size * small.data.seq_len >= 4e6
     assert (small.moe.capacity_factor, small.moe.load_balance_coef) == (2.0, 0.01)

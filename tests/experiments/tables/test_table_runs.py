@@ -22,7 +22,7 @@ from experiments.tables.table_runs import (
 )
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.sweeps.jobs import State, config_digest
 
 ROOT = Path(__file__).parents[3]
@@ -101,27 +101,27 @@ def test_the_runs_of_a_table_are_a_group_of_wandb_unless_another_is_named(tmp_pa
         run = runs_of("table3", tmp_path, *words)[0]
         assert (
             run.config.logger.group
-            == load(run.job.arguments[0], run.job.arguments[1:]).logger.group
+            == load_config(run.job.arguments[0], run.job.arguments[1:]).logger.group
             == group
         )
 
 
 def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(tmp_path):
-    config = load(DEBUG)
+    config = load_config(DEBUG)
     (tmp_path / "config.yaml").write_text(
         "".join(line for line in to_yaml(config).splitlines(True) if "z_loss_coef" not in line)
     )
     assert same_config(tmp_path, config)
-    assert same_config(tmp_path, load(DEBUG, ["logger.group=another"])), "the same training"
-    assert not same_config(tmp_path, load(DEBUG, ["moe.z_loss_coef=0.1"]))
+    assert same_config(tmp_path, load_config(DEBUG, ["logger.group=another"])), "the same training"
+    assert not same_config(tmp_path, load_config(DEBUG, ["moe.z_loss_coef=0.1"]))
 
 
 def test_only_values_that_can_change_a_result_change_the_digest():
-    own = config_digest(load(DEBUG))
+    own = config_digest(load_config(DEBUG))
     for override in ("optim.lr=0.5", "seed=2", "data.seq_len=32", "moe.top_k=2"):
-        assert config_digest(load(DEBUG, [override])) != own, override
+        assert config_digest(load_config(DEBUG, [override])) != own, override
     for override in ("name=other", "runs_dir=elsewhere", "logger.mode=auto", "data.cache_dir=tmp"):
-        assert config_digest(load(DEBUG, [override])) == own, override
+        assert config_digest(load_config(DEBUG, [override])) == own, override
 
 
 def test_results_and_states_of_finished_runs_are_copied(tmp_path):

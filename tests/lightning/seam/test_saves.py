@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from experiments.engine.ranks import run_ranks
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.lightning.seam.saves import LastCheckpoint
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
@@ -165,7 +165,9 @@ def keep_best(
 ) -> tuple[list[str], list[str]]:
     """Train in one process as a run does. Return the best checkpoints that are known, the best
     first, and all."""
-    callbacks: list[Callback] = build_callbacks(load(None, [f"trainer.save_top_k={kept}"]), folder)
+    callbacks: list[Callback] = build_callbacks(
+        load_config(None, [f"trainer.save_top_k={kept}"]), folder
+    )
     (best,) = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
     how = {
         "max_epochs": -1,
@@ -201,7 +203,7 @@ def test_a_resumed_run_that_was_moved_keeps_as_many_of_the_best_as_configured(tm
 
 
 def early_stopping(patience: int) -> EarlyStopping:
-    config = load(None, [f"trainer.early_stopping={patience}"])
+    config = load_config(None, [f"trainer.early_stopping={patience}"])
     return next(c for c in build_callbacks(config, None) if isinstance(c, EarlyStopping))
 
 

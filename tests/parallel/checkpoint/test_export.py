@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import scmoe
 from scmoe.command_line import call
 from scmoe.config.as_yaml import to_yaml
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.moe.layout import Dropless
 from scmoe.parallel.checkpoint.durable import newest_good, verify
@@ -32,7 +32,7 @@ def run_dir(tmp_path_factory):
 
 
 def model(run_dir, *overrides):
-    return build_model(load(run_dir / "config.yaml", list(overrides))).eval()
+    return build_model(load_config(run_dir / "config.yaml", list(overrides))).eval()
 
 
 @pytest.mark.inference
@@ -43,7 +43,9 @@ def test_experts_offloaded_from_a_checkpoint_or_an_export_give_the_same_logits(
     """A store belongs to its weights, wherever they were read; a checkpoint of another step has
     other weights."""
     file, here = run_dir / "export/model.safetensors", ("trainer.devices=1", "strategy.ep_size=1")
-    config = load(run_dir / "config.yaml", (*here, "offload.way=determinate", "offload.slots=3"))
+    config = load_config(
+        run_dir / "config.yaml", (*here, "offload.way=determinate", "offload.slots=3")
+    )
     expected, ids = model(run_dir), torch.randint(64, (2, 16))
     load_weights(file, expected)
     source = newest_good(run_dir / "checkpoints") if kind == "checkpoint" else file
@@ -100,7 +102,7 @@ def test_an_export_beside_another_models_config_is_refused(run_dir, tmp_path):
     """Its weights have the same names and shapes."""
     (tmp_path / "model.safetensors").symlink_to(run_dir / "export/model.safetensors")
     (tmp_path / "config.yaml").write_text(
-        to_yaml(load(run_dir / "config.yaml", ["moe.position=pos1"]))
+        to_yaml(load_config(run_dir / "config.yaml", ["moe.position=pos1"]))
     )
     with pytest.raises(ValueError, match=r"moe\.position is 'pos1', allowed: 'pos2'"):
         scmoe.load(tmp_path / "model.safetensors")

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.parallel.dense.memory import RankJob, Split, activations, gathered, rank_memory
 from scmoe.training.assembly.model import (
     build_model,
@@ -96,7 +96,7 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
         preset, words = "configs/model/swinv2_moe_s.yaml", words[len(WIDE) :]
         batch = torch.randn(8, 3, 96, 96)
-    model = build_model(load(preset, words))
+    model = build_model(load_config(preset, words))
     with (
         kept_for_backward(model) as kept,
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
@@ -115,7 +115,7 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
 
 @pytest.mark.parametrize("words", ["schedule.chunks=2", "moe.architecture=dgmoe"])
 def test_each_half_of_two_batches_in_flight_has_its_bfloat16_copies_of_the_experts(words):
-    model = build_model(load(None, [*WIDE, words, "moe.capacity_factor=null"]))
+    model = build_model(load_config(None, [*WIDE, words, "moe.capacity_factor=null"]))
     batch = torch.randint(512, (2, 64))
     bounds, kept_bytes = [], []
     for batches in (1, 2):
@@ -138,4 +138,4 @@ def test_a_job_has_two_batches_in_flight_where_they_may_be_chosen():
         ("schedule.auto=true schedule.batches_in_flight=1", 1),
         ("schedule.chunks=2", 1),
     ):
-        assert rank_job(load(None, [*WIDE, *ranks, *words.split()])).parts == batches
+        assert rank_job(load_config(None, [*WIDE, *ranks, *words.split()])).parts == batches

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.engine.ranks import RankError, run_ranks
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.parallel.mesh import Mesh
 from scmoe.runs.evaluate import evaluation, scoring
 from scmoe.runs.evaluate.scoring import Scorer, run_on_rank_zero, score_test_split
@@ -176,7 +176,7 @@ def test_trouble_with_wandb_loses_no_result(runs, monkeypatch, capsys):
     def fails(*_: Any) -> None:
         raise RuntimeError("no server\nat all")
 
-    run_dir, config = runs["dgmoe"], load(runs["dgmoe"] / "config.yaml")
+    run_dir, config = runs["dgmoe"], load_config(runs["dgmoe"] / "config.yaml")
     monkeypatch.setattr(evaluation, "wandb_logger", fails)
     evaluation.log_to_wandb(
         run_dir, config, {"test": {"loss": 1.0}, "text": None, "tasks": {}, "step": 3}

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from scmoe.config.fields import Config
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.parallel.checkpoint.loading import load_in_place
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
@@ -67,7 +67,7 @@ def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
 
 
 def tiny(world_size: int, *overrides: str) -> Config:
-    return load(None, [*TINY, f"trainer.devices={world_size}", *overrides])
+    return load_config(None, [*TINY, f"trainer.devices={world_size}", *overrides])
 
 
 def fit(

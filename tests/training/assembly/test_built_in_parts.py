@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.engine.ranks import run_ranks
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.weights.hf_config import hf_config
 from scmoe.weights.hf_folder import renamed
 from tests.support.architectures import overrides
@@ -53,9 +53,9 @@ def folder(tmp_path) -> Path:
         "pos2": "position=pos2",
         "dense": "model.family=llama architecture=dense",
     }.items():
-        export(load(None, [*SIZE, *overrides(words)]), tmp_path / f"{name}.safetensors")
+        export(load_config(None, [*SIZE, *overrides(words)]), tmp_path / f"{name}.safetensors")
     (tmp_path / "hf").mkdir()
-    config = load(None, [*SIZE, *overrides(MIXTRAL)])
+    config = load_config(None, [*SIZE, *overrides(MIXTRAL)])
     content = hf_config(config, None)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(content))
     for i, (name, p) in enumerate(tiny_model(config, torch.float32).named_parameters()):
@@ -68,7 +68,7 @@ def folder(tmp_path) -> Path:
 def built(rank: int, world_size: int, folder: Path) -> dict[str, Built]:
     wire, found = split_wire(ep_size=2), {}
     for case, (words, source) in CASES.items():
-        config = load(None, [*SIZE, *SPLIT, *overrides(words)])
+        config = load_config(None, [*SIZE, *SPLIT, *overrides(words)])
         found[case] = build_in_parts(
             replace(config, init_from=source and source.format(folder)), wire
         )

@@ -11,7 +11,7 @@ from torch import nn
 from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.rotary import Rotary
 from scmoe.config.derived import last_step, max_steps
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.moe.router import Router
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
@@ -84,7 +84,7 @@ def test_each_change_of_images_changes_the_first_batch(word):
     pytest.importorskip("timm", reason="needs the extra `vision`")
     pytest.importorskip("sklearn", reason="needs the extra `vision`")
     plain, changed = (
-        next(iter(build_datamodule(load(None, [*IMAGES, *words])).train_dataloader()))
+        next(iter(build_datamodule(load_config(None, [*IMAGES, *words])).train_dataloader()))
         for words in ((), (f"data.{word}",))
     )
     assert any(not torch.equal(plain[key], changed[key]) for key in ("images", "labels"))

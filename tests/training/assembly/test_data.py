@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from scmoe.command_line import call
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.datamodules.documents import text
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.training.assembly.data import build_datamodule
@@ -134,7 +134,9 @@ def swin(folder: Path) -> list[str]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_named_when_it_is_met(images, workers):
     data = build_datamodule(
-        load(swin(images)[0], [*swin(images)[1:], f"data.workers={workers}", "trainer.max_steps=3"])
+        load_config(
+            swin(images)[0], [*swin(images)[1:], f"data.workers={workers}", "trainer.max_steps=3"]
+        )
     )
     with pytest.raises(ValueError, match=r"data\.path: .*train/ant/1\.png cannot be read"):
         list(data.train_dataloader())
@@ -144,7 +146,9 @@ def test_a_damaged_image_is_named_when_it_is_met(images, workers):
 
 def test_damaged_images_are_replaced_in_training_left_out_of_validation_and_counted(images):
     data = build_datamodule(
-        load(swin(images)[0], [*swin(images)[1:], "data.on_error=skip", "trainer.max_steps=3"])
+        load_config(
+            swin(images)[0], [*swin(images)[1:], "data.on_error=skip", "trainer.max_steps=3"]
+        )
     )
     train_batches, val_batches = list(data.train_dataloader()), list(data.val_dataloader())
     assert sum(int(batch["skipped"].sum()) for batch in train_batches) == 1, (

@@ -7,7 +7,7 @@ import pytest
 
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, load_text
+from scmoe.config.load import load_config, load_text
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.training.assembly.data import build_datamodule, prepare_data
@@ -26,7 +26,7 @@ FILES = sorted(
 def test_every_config_builds(path):
     """A config that is saved with changes and loaded again stays equal."""
     assert path.read_text(encoding="utf-8").startswith("# ")
-    config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
+    config = load_config(path, ["logger.tags=[a,'1',null]", "seed=7"])
     assert load_text(to_yaml(config), "saved") == config
     counts = count_parameters(build_model_on_meta(config))
     total, active = total_and_active(counts)
@@ -35,7 +35,7 @@ def test_every_config_builds(path):
 
 @pytest.mark.parametrize("words", ["", "trainer.devices=2 moe.architecture=dense"])
 def test_one_batch_in_flight_is_allowed_where_no_rows_travel(words):
-    load(None, ["schedule.batches_in_flight=1", *words.split()])
+    load_config(None, ["schedule.batches_in_flight=1", *words.split()])
 
 
 @pytest.mark.parametrize("data", ["openwebtext", "slimpajama", "wikitext103"])
@@ -48,23 +48,23 @@ def test_a_models_tokenizer_does_not_depend_on_the_data_set(model, tokens, data,
     parts = [CONFIGS / f"model/{model}.yaml", CONFIGS / f"data/{data}.yaml"]
     for order in (parts, parts[::-1]):
         (tmp_path / "mine.yaml").write_text(f"extends: [{', '.join(map(str, order))}]")
-        found = load(tmp_path / "mine.yaml").data
+        found = load_config(tmp_path / "mine.yaml").data
         assert (found.name, found.tokenizer, found.vocab_size) == ("hf", *tokens)
 
 
 def test_the_error_for_a_too_small_vocabulary_names_both_keys(tmp_path):
     llama, model = CONFIGS / "model/llama2_moe.yaml", CONFIGS / "model/llama2_moe_tiny.yaml"
     with pytest.raises(ConfigError, match="vocab_size is 32000, allowed: 50257 or more"):
-        load(llama, ["data.tokenizer=gpt2"])
+        load_config(llama, ["data.tokenizer=gpt2"])
     file = tmp_path / "tokenizer.json"
     make_tokenizer(
         "bpe", 600, ["a text of some words, " * 100 + "".join(map(chr, range(0x400, 0x600)))]
     ).save(file)
-    config = load(model, ["data.name=text", "data.path=.", f"data.tokenizer={file}"])
+    config = load_config(model, ["data.name=text", "data.path=.", f"data.tokenizer={file}"])
     with pytest.raises(ConfigError, match=r"vocab_size is 512, allowed: .*tokenizer=.*json"):
         build_datamodule(config)
     with pytest.raises(ConfigError, match=r"data\.tokenizer is 'none\.json'; allowed: bpe"):
-        build_datamodule(load(model, ["data.tokenizer=none.json"]))
+        build_datamodule(load_config(model, ["data.tokenizer=none.json"]))
 
 
 def test_what_a_user_has_hardly_meant_is_said(tmp_path):
@@ -81,7 +81,7 @@ def test_what_a_user_has_hardly_meant_is_said(tmp_path):
     ]
     found = []
     for vocabulary, warmup in ((257, 9), (4096, 10)):
-        config = load(
+        config = load_config(
             None,
             [
                 *words,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from tests.support.architectures import KINDS, TABLES, overrides
@@ -42,7 +42,7 @@ def preset(name: str, words: str):
     if name.startswith("swin"):
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     no_tap = ["moe.position=pos2"] if re.search("top_k |shared_expert", words) else []
-    return load(
+    return load_config(
         MODELS / f"{name}.yaml", [*no_tap, *(w for w in overrides(words) if w.startswith("moe."))]
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.moe.recorded_routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
@@ -45,7 +45,7 @@ ON = ("analysis.gating_every=2", "analysis.similarity_every=3", "analysis.record
 def fit(run_dir, *words, resume=False):
     """Train. Return the callbacks, and the number of the model's hooks at the start of each batch
     and at the end."""
-    config = load(None, [*TINY, *words])
+    config = load_config(None, [*TINY, *words])
     torch.manual_seed(0)
     callbacks = build_callbacks(config, run_dir)
     module, seen = build_module(config), []
@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 
 def test_an_analysis_that_is_off_adds_no_callback_and_no_hook(finished):
     _, off, on = finished
-    config = load(None, TINY)
+    config = load_config(None, TINY)
     assert not [c for c in build_callbacks(config, None) if isinstance(c, Analysis)]
     guard = off[0]  # the guard's hooks are always there
     assert set(off[:-1]) == {guard}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from experiments.engine.ranks import run_ranks
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.moe.recorded_routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
@@ -69,7 +69,7 @@ CASES = {
 
 def measure(rank: int, world_size: int, folder: Path) -> None:
     for name, text in CASES.items():
-        config = load(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])
+        config = load_config(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])
         run_dir = folder / str(world_size) / name
         if rank == 0:
             run_dir.mkdir(parents=True)

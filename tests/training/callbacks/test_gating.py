@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.moe.router import Router, Scoring, by_sign
 from scmoe.training.assembly.model import build_model
 from scmoe.training.callbacks.representations import GatingProbe, gating_metrics, gating_sums, means
@@ -163,7 +163,7 @@ def test_image_models_are_measured_layer_by_layer(architecture):
         ),
         *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
     )
-    config = load(None, [*words, f"moe.architecture={architecture}"])
+    config = load_config(None, [*words, f"moe.architecture={architecture}"])
     model = randomise(build_model(config).double())
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     plain, read = model(images).logits_BC, []

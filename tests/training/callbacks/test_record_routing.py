@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.moe.layout import count
 from scmoe.moe.router import Router
 from scmoe.parallel.wire.wire import Wire
@@ -85,7 +85,9 @@ def test_double_gates_and_other_gates_are_recorded_in_one_model(architecture):
         ),
         *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
     )
-    model = tiny_model(load(None, [*words, f"moe.architecture={architecture}"]), torch.float32)
+    model = tiny_model(
+        load_config(None, [*words, f"moe.architecture={architecture}"]), torch.float32
+    )
     probe = RoutingProbe(model)
     _, stats = model(torch.randn(3, 3, 32, 32))
     layers = probe.result()

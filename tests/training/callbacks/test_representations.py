@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.callbacks.representations import (
     SimilarityProbe,
     cosine_matrix,
@@ -85,7 +85,7 @@ def test_stages_of_an_image_model_are_not_compared_with_each_other():
         " model.window=2"
     )
     words += " data.name=digits data.image_size=32 data.num_classes=5"
-    model = tiny_model(load(None, words.split()), torch.float32)
+    model = tiny_model(load_config(None, words.split()), torch.float32)
     probe = SimilarityProbe(model)
     model(torch.randn(2, 3, 32, 32))
     probe.remove()

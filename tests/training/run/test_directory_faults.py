@@ -15,7 +15,7 @@ from safetensors import safe_open
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.command_line import call
 from scmoe.config.installation import scmoe
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.runs.seen import SeenRun
@@ -87,7 +87,7 @@ def saved(folder: Path) -> list[str]:
 
 
 def validated(rank: int, world_size: int, folder: Path, checkpoint: Path) -> float:
-    config = load(folder / "config.yaml", ["trainer.devices=1"])
+    config = load_config(folder / "config.yaml", ["trainer.devices=1"])
     trainer = trainer_of(config, [], [])
     (metrics,) = trainer.validate(
         build_module(config), build_datamodule(config), checkpoint, verbose=False
@@ -172,7 +172,7 @@ def test_another_model_or_experiment_is_refused_and_nothing_is_written(run_dir, 
 def test_a_resumption_keeps_its_config_beside_the_first_one(finished, resumed):
     run_dir, _ = resumed
     assert (run_dir / "config.yaml").read_bytes() == (finished / "config.yaml").read_bytes()
-    kept = [load(run_dir / f"config-from-{step}.yaml").trainer for step in (3, 4)]
+    kept = [load_config(run_dir / f"config-from-{step}.yaml").trainer for step in (3, 4)]
     assert [(trainer.max_steps, trainer.devices) for trainer in kept] == [(4, 2), (5, 1)]
 
 
@@ -181,11 +181,11 @@ def test_weights_have_the_settings_that_they_were_trained_with(run_dir, tmp_path
     shapes."""
     config, out = run_dir / "config.yaml", tmp_path / "exported" / "model.safetensors"
     config.write_text(config.read_text().replace("position: pos2", "position: pos1", 1))
-    assert load(config).moe.position == "pos1"
+    assert load_config(config).moe.position == "pos1"
     assert call("export", str(run_dir), "--out", str(out)) == 0
     with safe_open(out, framework="pt") as file:
         assert json.loads(file.metadata()["settings"])["moe.position"] == "pos2"
-    assert load(out.parent / "config.yaml").moe.position == "pos2"
+    assert load_config(out.parent / "config.yaml").moe.position == "pos2"
 
 
 def test_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):

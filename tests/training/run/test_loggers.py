@@ -56,7 +56,7 @@ def scenario(folder: Path) -> None:
     faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     from lightning.pytorch import Callback
 
-    from scmoe.config.load import load
+    from scmoe.config.load import load_config
     from scmoe.training.callbacks.load_chart import draw_load
     from scmoe.training.run import train as run
     from scmoe.training.run import wandb_logger
@@ -87,7 +87,7 @@ def scenario(folder: Path) -> None:
         ):
             if run_dir is None:
                 config, resumed = (
-                    load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]),
+                    load_config(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]),
                     None,
                 )
             else:
@@ -141,10 +141,12 @@ def scenario(folder: Path) -> None:
         ):
             run_dir = there / str(i)
             run_dir.mkdir()
-            loggers = build_loggers(load(None, ["logger.mode=online", *words]), run_dir, None)
+            loggers = build_loggers(
+                load_config(None, ["logger.mode=online", *words]), run_dir, None
+            )
             log_inputs(
                 loggers,
-                load(None, ["data.tokenizer=/data/tokenizer.json"]),
+                load_config(None, ["data.tokenizer=/data/tokenizer.json"]),
                 {"data": "a", "tokenizer": "b"},
             )
             size = {"params_total": 9, "params_active": 5, "tokens_per_s": 3.5, "val_loss": 1.0}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.run import loggers, wandb_logger
 from tests.support.commands import CANARY, rows_of, run
 
@@ -23,7 +23,9 @@ def test_online_without_a_server_is_an_error(monkeypatch, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "
     ):
-        loggers.build_loggers(load(None, ["logger.mode=online"]), tmp_path, resumed_step=None)
+        loggers.build_loggers(
+            load_config(None, ["logger.mode=online"]), tmp_path, resumed_step=None
+        )
 
 
 @pytest.mark.slow
@@ -38,9 +40,9 @@ def test_a_killed_wandb_process_does_not_end_the_run(tmp_path, capsys):
 KILLED = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.run.loggers import build_loggers, close_loggers
-loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+loggers = build_loggers(load_config(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
 loggers[1].log_metrics({"a": 1.0}, 0)
 children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout
 for pid in children.split():
@@ -77,11 +79,11 @@ def test_a_full_disk_ends_no_run_that_logs(tmp_path):
 FULL = """
 import resource, sys
 from pathlib import Path
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.run.loggers import build_loggers, close_loggers
 _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limit))
-loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
+loggers = build_loggers(load_config(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
 for step in range(2000):
     for logger in loggers:
         logger.log_metrics({"a": 1.0} | ({"late": 2.0} if step == 1500 else {}), step)
@@ -123,7 +125,7 @@ def test_a_run_on_a_full_disk_loses_its_figures_and_ends_normally(tmp_path):
 NO_ROOM = """
 import resource, sys
 from lightning.pytorch import Callback
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.lightning.seam.saves import LastCheckpoint
 from scmoe.training.run import train
 class NoRoom(Callback):
@@ -138,7 +140,7 @@ def build_callbacks(*arguments):
             callback.save_top_k = 0  # a checkpoint that cannot be written is an error (fault 4)
     return [*callbacks, NoRoom()]
 train.build_callbacks = build_callbacks
-config = load(None, [
+config = load_config(None, [
     "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4",
     "moe.architecture=dgmoe", "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8",
     "data.global_batch_size=4", "trainer.accelerator=cpu", "trainer.progress=false",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import container_memory
 from scmoe.training.assembly.rank_job import cpu_threads
@@ -57,7 +57,10 @@ def test_sizes_that_nothing_could_compute_are_refused(override, allowed, tmp_pat
 
 
 def test_without_experts_any_width_is_allowed():
-    assert load("configs/debug.yaml", ["model.dim=36", "moe.architecture=dense"]).model.dim == 36
+    assert (
+        load_config("configs/debug.yaml", ["model.dim=36", "moe.architecture=dense"]).model.dim
+        == 36
+    )
 
 
 def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that_lifts(tmp_path):
@@ -66,11 +69,11 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
     assert number_in(line, r"a rank needs about (\S+) GiB") > number_in(line, r"(\S+) GiB are free")
     line = refusal(tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib=(\S+) starts it anyway")
-    checked_model(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
+    checked_model(load_config("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
 
 
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
-    one, two = (load("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
+    one, two = (load_config("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
     assert machine.free_gib(two) == pytest.approx(machine.free_gib(one) / 2, rel=0.1)
     monkeypatch.setattr(container_memory, "CONTAINER", tmp_path)
     (tmp_path / "memory.max").write_text("1073741824\n")
@@ -85,7 +88,8 @@ def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
 def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypatch, tmp_path):
     """As macOS is, whose Python has no sched_getaffinity either."""
     one, two = (
-        load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2)
+        load_config("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"])
+        for n in (1, 2)
     )
     free = machine.free_gib(one)
     monkeypatch.setattr(container_memory, "CONTAINER", tmp_path)
@@ -99,7 +103,7 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path):
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
     line = refusal(tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s=(\S+) starts it anyway")
-    checked_model(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
+    checked_model(load_config("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
 
 
 # ---------------------------------------------------------------------- devices and launchers
@@ -255,12 +259,12 @@ def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp
 def test_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", url)
     assert f"WANDB_BASE_URL is {url!r}" in refusal(tmp_path, "logger.mode=offline")
-    assert wandb_mode(load("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
+    assert wandb_mode(load_config("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
 
 
 def test_wandb_mode_decides_where_the_config_does_not(tmp_path, monkeypatch):
     auto, online = (
-        load("configs/debug.yaml", [f"logger.mode={mode}"]) for mode in ("auto", "online")
+        load_config("configs/debug.yaml", [f"logger.mode={mode}"]) for mode in ("auto", "online")
     )
     for mode in ("online", "offline", "disabled"):
         monkeypatch.setenv("WANDB_MODE", mode)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from scmoe import files
 from scmoe.config.as_yaml import changes_to_yaml
 from scmoe.config.fields import Config
-from scmoe.config.load import load, load_text
+from scmoe.config.load import load_config, load_text
 from scmoe.config.registry import FAMILIES
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.run import output as run_output
@@ -24,7 +24,7 @@ def opened(
     *words: str, resumed: Resumed | None = None, quiet: bool = False
 ) -> AbstractContextManager[RunOutput]:
     """Return the output of a run of the default configuration with these overrides."""
-    config = load(None, words)
+    config = load_config(None, words)
     return open_output(config, build_model_on_meta(config), (), resumed, quiet)
 
 
@@ -60,7 +60,7 @@ def test_a_run_that_cannot_open_its_loggers_has_failed(tmp_path, monkeypatch):
 
 
 def test_a_path_with_brackets_is_printed_as_it_is(tmp_path, capsys):
-    config = load(None, [])
+    config = load_config(None, [])
     print_start(config, build_model_on_meta(config), tmp_path, tmp_path / "[/x]" / "a[lr]")
     assert f"continuing from {tmp_path}/[/x]/a[lr]" in capsys.readouterr().err
 
@@ -74,7 +74,7 @@ def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaul
         "logger.mode=disabled",
         "trainer.max_steps=7",
     ]
-    config = load(None, words)
+    config = load_config(None, words)
     with opened(*words, quiet=True):
         assert capsys.readouterr().err == ""
     with opened(*words) as output:
@@ -85,7 +85,7 @@ def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaul
     assert text in said and load_text(text, "shown") == config == load_text(
         (run_dir / "config.yaml").read_text(), ""
     )
-    assert changes_to_yaml(load(None)) == ""
+    assert changes_to_yaml(load_config(None)) == ""
 
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     ],
 )
 def test_the_command_that_trains_further_can_be_used(words, steps, more, tmp_path):
-    command = resume_command(tmp_path, steps, load(None, ["trainer.max_steps=20", *words]))
+    command = resume_command(tmp_path, steps, load_config(None, ["trainer.max_steps=20", *words]))
     assert command.replace("'", "").endswith(f"resume {tmp_path}{more}")
 
 
@@ -130,6 +130,6 @@ def test_a_training_builds_one_model_on_meta_and_redacts_its_config_once(tmp_pat
     monkeypatch.setattr(files, "_starred", star_and_note)
     words = ["trainer.fast_dev_run=true", "strategy.dense=auto", "trainer.progress=false"]
     with redirect_stderr(StringIO()):
-        train(load("debug", [*words, f"runs_dir={tmp_path}"]))
+        train(load_config("debug", [*words, f"runs_dir={tmp_path}"]))
     assert sorted(devices) == ["cpu", "meta"]
     assert sum(isinstance(value, Config) for value in redactions) == 1

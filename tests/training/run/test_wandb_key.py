@@ -5,7 +5,7 @@ import pytest
 import wandb
 
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.training.run import train
 from scmoe.training.run.wandb_logger import has_wandb_key, wandb_logger
 
@@ -48,7 +48,7 @@ def test_online_without_a_key_is_refused_before_anything_is_built(words, tmp_pat
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(train, "build_model_on_meta", None)
     with pytest.raises(ConfigError, match="is online, but no key"):
-        train.checked_model(load(None, [*words, f"runs_dir={tmp_path}"]))
+        train.checked_model(load_config(None, [*words, f"runs_dir={tmp_path}"]))
 
 
 def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeypatch):
@@ -58,4 +58,4 @@ def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeyp
     monkeypatch.setattr(wandb, "setup", lambda settings: None)
     monkeypatch.setattr(wandb, "init", refused)
     with pytest.raises(ConfigError, match="ConnectionResetError"):
-        wandb_logger(tmp_path, load(None, ["logger.mode=online"]), [])
+        wandb_logger(tmp_path, load_config(None, ["logger.mode=online"]), [])

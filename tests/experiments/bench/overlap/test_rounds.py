@@ -10,7 +10,7 @@ from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.setting import Setting, pair_setting
 from experiments.bench.stacks import Variant, block_config, chosen_by
 from scmoe.command_line import call
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
@@ -75,7 +75,7 @@ def test_every_bench_refuses_before_it_measures(words, says, capsys):
 
 def test_a_pair_has_the_heads_of_its_configuration():
     """Three heads do not divide the width, so theirs must be stated."""
-    config = load(None, ["model.heads=3", "model.dim=64", "model.head_dim=40"])
+    config = load_config(None, ["model.heads=3", "model.dim=64", "model.head_dim=40"])
     setting = pair_setting(config, 0.5, 2, 64)
     model = block_config("top2", setting).model
     assert (model.heads, model.head_dim) == (3, 40)
@@ -105,7 +105,7 @@ def test_schedules_near_the_best_by_trial_go_into_the_rounds():
     [("nvidia", "nvidia_shortcut"), ("nous", "nous"), ("farskip", "instella_moe")],
 )
 def test_a_row_with_an_moe_in_every_block_is_wired_as_its_preset(block, preset):
-    own, published = block_config(block, Setting(every=1)).moe, load(f"model/{preset}").moe
+    own, published = block_config(block, Setting(every=1)).moe, load_config(f"model/{preset}").moe
     for name in (
         "architecture",
         "every",
