@@ -49,9 +49,8 @@ def test_the_current_folder_comes_first():
     Path("configs").mkdir()
     for place in ("configs/quickstart.yaml", "quickstart.yaml"):
         Path(place).write_text(f"name: {place.replace('/', '-')}\n")
-        assert find("quickstart") == Path(place) and load_config(
-            "quickstart"
-        ).name == place.replace("/", "-")
+        assert find("quickstart") == Path(place)
+        assert load_config("quickstart").name == place.replace("/", "-")
     assert load_config("configs/quickstart.yaml").name == "configs-quickstart.yaml"
     assert shipped_and_own()["configs/quickstart.yaml"] == Path("configs/quickstart.yaml")
     Path("debug").mkdir()  # a folder is no configuration
