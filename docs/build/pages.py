@@ -4,7 +4,8 @@ from stored reports and results.
 A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table
 --to docs/results` writes NAME/results.json. conditions.json has the results that have a page, and
 says what a report does not: title, command, date, machine, a short reading, and which of its
-numbers the overview shows (`results`, texts that `str.format` fills in). This file draws a picture
+numbers the overview shows (`results`, texts that `str.format` fills in). A ratio stands there with
+its quartiles: `{rows[top2][train_text]}`. This file draws a picture
 for each of them, and the pictures of assumed operator times, which need no measurement.
 
 docs/results/archive.md is written by hand: a row for each page that was taken out. Other reports in
@@ -38,7 +39,7 @@ from experiments.figures.measured import (
     read_reports,
 )
 from experiments.tables.table_chart import draw_differences, draw_equal_time
-from experiments.tables.table_page import markdown
+from experiments.tables.table_page import body, heading
 from scmoe.config.leaves import ConfigError
 from scmoe.report import Report
 
@@ -63,6 +64,13 @@ BENCHES: dict[
 }
 RECORDS = ("routing",)  # pictures that no code draws any more: their benches are removed
 SCREENSHOTS = ("report",)  # of pages in a browser, which no code draws
+QUARTILES = (  # names in reports, and of what they are
+    ("train_quartiles", "train_speedup"),
+    ("forward_quartiles", "forward_speedup"),
+    ("over_balanced_quartiles", "over_balanced_train"),
+    ("quartiles", "speedup"),
+    ("quartiles", "median"),
+)
 DRAW = {start: bench.draw for start, bench in BENCHES.items()}
 
 
@@ -185,8 +193,7 @@ def text_of(each: Experiment) -> str:
         f"![{words}]({up}figures/{name}.png)" for name, words in said.get("pictures", {}).items()
     ]
     if "table" in each.data:
-        title, rest = markdown(each.data).split("\n\n", 1)
-        parts = [title, said["reading"], *shown, rest]
+        parts = [*heading(each.data), said["reading"], *shown, body(each.data)]
     else:
         origin = (
             f"`{said['command']}`, {said['date']}, {said['machine']}{said.get('note', '')}."
@@ -200,15 +207,16 @@ def text_of(each: Experiment) -> str:
 def overview(experiments: Sequence[Experiment]) -> str:
     """Return a table for each group of experiments, with a row for each result, and links to the
     others' pages."""
-    columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper", "date")}
+    columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
     columns["page"] = "[numbers]({link})"
     parts = []
     for group in dict.fromkeys(each.said["group"] for each in experiments):
         rows, others = {}, []
         for each in (each for each in experiments if each.said["group"] == group):
             link = each.page.relative_to(RESULTS)
+            data = with_texts(each.data)
             for what, numbers in each.said["results"].items():
-                filled = {column: text.format_map(each.data) for column, text in numbers.items()}
+                filled = {column: text.format_map(data) for column, text in numbers.items()}
                 rows[what] = {**each.said, **filled, "link": link}
             if not each.said["results"]:
                 others.append(f"[{each.said['title']}]({link})")
@@ -217,9 +225,25 @@ def overview(experiments: Sequence[Experiment]) -> str:
     return "\n" + "\n\n".join(part.strip() for part in parts) + "\n\n"
 
 
+def with_texts(part: Any) -> Any:
+    """Return a part of a report with a text beside all quartiles: `train_text` is "1.53 [1.46,
+    1.56]"."""
+    if isinstance(part, list):
+        return [with_texts(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    result = {key: with_texts(value) for key, value in part.items()}
+    for quartiles, value in QUARTILES:
+        if quartiles in part and value in part:
+            text = readme.with_quartiles(part[value], part[quartiles])
+            result[quartiles.replace("quartiles", "text")] = text
+    return result
+
+
 def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one hardware scenario, the paper's beside ours."""
     fastest = report["fastest_scmoe"]
+    low, median, high = fastest["over"]["forward"]["shared_expert"]
     return {
         "name": scenario.name,
         "share": report["comm_share"],
@@ -229,6 +253,7 @@ def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
         "hidden": rows_of(report)[fastest["row"]].overlap_forward,
         "paper_hidden": scenario.hidden,
         "over": fastest["over"],
+        "over_shared": readme.with_quartiles(median, (low, high)),
         "paper_over": {row: scenario.over.get(row, "-") for row in PCIE_OVER},
     }
 

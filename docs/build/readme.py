@@ -72,7 +72,8 @@ tokens a rank and, to a shared expert with two batches, at a large share: line 2
 5. **Not measured:** any GPU, NCCL, two machines, any table at the paper's size. \
 [Not run yet](#not-run-yet).
 
-Speeds are medians with quartiles of one run, losses means with intervals of 95 %.
+Speeds are medians with quartiles over the rounds of one run a bench; losses are means with \
+intervals of 95 %, which in the tables below hold together.
 """
 
 

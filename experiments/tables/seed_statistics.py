@@ -12,6 +12,7 @@ Holm decides a little more than Bonferroni, so a difference can be decided while
 touches 0.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from experiments.tables.table_file import TableRow
 
 ALPHA = 0.05
+POWER = 0.8
 ROUNDING_SHARE = 1e-9  # differences that vary by less than this share of the values are equal
 Values = Mapping[int, float]  # by seed
 
@@ -92,3 +94,15 @@ def holm(ps: Sequence[float | None], comparisons: int) -> list[float | None]:
         least = max(least, min(1.0, p * (comparisons - rank)))
         corrected[index] = least
     return corrected
+
+
+def seeds_needed(std: float, difference: float) -> int:
+    """Return how many seeds a row needs, so that a true difference is decided with POWER: two-sided
+    at ALPHA, by the normal approximation, without a correction for several comparisons.
+
+    std: of the differences by seed.
+    """
+    from scipy import stats
+
+    quantiles = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)
+    return math.ceil((quantiles * std / difference) ** 2)

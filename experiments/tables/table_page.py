@@ -1,9 +1,11 @@
 """A table's page: what results.json holds, as Markdown."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from experiments.bench.speed_chart import blocks_of
+from experiments.tables.seed_statistics import seeds_needed
 from scmoe.report import markdown_table
 from scmoe.sweeps.jobs import clock
 
@@ -22,7 +24,51 @@ FIRST_OF_DIFFERENCES = TABLE_COLUMNS.index("ours: minus baseline")
 
 
 def markdown(results: Results) -> str:
-    """Return a part for each group of rows; a row that belongs to two is shown in both."""
+    """Return the whole page."""
+    return "\n\n".join([*heading(results), body(results)])
+
+
+def heading(results: Results) -> list[str]:
+    """Return the title, and what a reader must know before any number."""
+    parts = [f"# {results['title']}"]
+    if results["scale"] == "smoke":
+        parts.append(
+            "**The numbers of this scale mean nothing.** It shows that every row trains and writes"
+            " its files."
+        )
+    return [*parts, *_too_few_seeds(results)]
+
+
+def _too_few_seeds(results: Results) -> list[str]:
+    """Return how many seeds the paper's differences need, if there are fewer."""
+    compared = [
+        row
+        for row in results["rows"]
+        if row["minus_baseline"] and row["minus_baseline"]["std"] and row["paper"]["difference"]
+    ]
+    if not compared:
+        return []
+    variance = fmean(row["minus_baseline"]["std"] ** 2 for row in compared)
+    std = variance**0.5
+    sizes = sorted(abs(row["paper"]["difference"]) for row in compared)
+    most = seeds_needed(std, sizes[0])
+    least = seeds_needed(std, sizes[-1])
+    seeds = min(row["minus_baseline"]["n"] for row in compared)
+    if seeds >= most:
+        return []
+    form = value_format(results["unit"])
+    unit = f" {results['unit']}".removesuffix(" per token")
+    printed = _numbers(" to ", form, sizes[0], sizes[-1])
+    sentence = (
+        f"**Too few seeds to see the paper's differences.** They are {printed}{unit}; a power of"
+        f" 80 % takes {least:,} to {most:,} seeds a row, and there are {seeds} (standard deviation"
+        f" of a difference by seed {form.format(std)}{unit}; two-sided 5 %, normal approximation)."
+    )
+    return [sentence]
+
+
+def body(results: Results) -> str:
+    """Return the rest: a part for each group of rows; a row that belongs to two is in both."""
     finished = results["runs"]["finished"]
     failed = results["runs"]["failed"]
     metric = results["metric"]
@@ -30,13 +76,11 @@ def markdown(results: Results) -> str:
     form = value_format(unit)
     with_unit = f"{metric} {unit}" if unit.startswith("per ") else f"{metric} in {unit}"
     lines = [
-        f"# {results['title']}",
-        "",
         (
             f"Scale `{results['scale']}`: {results['model']}; {results['data']}, {results['seen']},"
             f" {finished} runs finished, {failed} failed. The metric is {with_unit};"
             f" {results['metrics'][metric]['better']} is better."
-        ),
+        )
     ]
     if "decision" not in results:
         lines.append(
@@ -44,14 +88,6 @@ def markdown(results: Results) -> str:
             f" two-sided, corrected for {results['comparisons']} comparisons by Holm's method; the"
             " intervals are Bonferroni's and hold together at 95 %."
         )
-    if results["scale"] == "smoke":
-        lines[2:2] = [
-            (
-                "**The numbers of this scale mean nothing.** It shows that every row trains and"
-                " writes its files."
-            ),
-            "",
-        ]
     for group in dict.fromkeys(group for row in results["rows"] for group in row["groups"]):
         rows = [row for row in results["rows"] if group in row["groups"]]
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", *_group(rows, metric, form)]

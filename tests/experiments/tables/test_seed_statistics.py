@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from experiments.tables.seed_statistics import compare, describe, holm
+from experiments.tables.seed_statistics import compare, describe, holm, seeds_needed
 
 
 def test_mean_and_sample_deviation():
@@ -54,3 +54,11 @@ def test_holm_multiplies_the_smallest_p_most_and_keeps_the_order():
     assert holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9], 2) == [1.0, 1.0]
     assert holm([None, 0.01], 2) == [None, 0.02], "a comparison that is not made yet counts"
+
+
+def test_seeds_needed_are_those_of_the_textbook_and_have_the_power():
+    """(1.9600 + 0.8416)^2 = 7.849; a difference of half a deviation needs 31.4 pairs."""
+    assert seeds_needed(1.0, 1.0) == 8
+    assert seeds_needed(1.0, -0.5) == seeds_needed(2.0, 1.0) == 32
+    shift = 0.5 * math.sqrt(32)
+    assert 0.8 < stats.norm.sf(stats.norm.ppf(0.975) - shift) < 0.81

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.tables.table_page import markdown
+from experiments.tables.seed_statistics import seeds_needed
+from experiments.tables.table_page import heading, markdown
 from experiments.tables.table_report import write_report
 from scmoe.sweeps.jobs import State
 from tests.support.tables import planned_of, results_by_row, state_of, write_speeds
@@ -25,6 +26,19 @@ def test_a_row_without_a_run_is_empty(made):
     assert "mean nothing" in text, "it is the scale smoke"
     assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  | (0) |" in text
     write_report(table, "smoke", runs, "")
+
+
+def test_the_first_line_says_how_many_seeds_the_papers_differences_need(made):
+    table, runs = made
+    found, _ = results_by_row(table, runs)
+    compared = [row for row in found["rows"] if row["minus_baseline"]]
+    for std, lines in ((0.001, 0), (0.1, 1)):
+        for row in compared:
+            row["minus_baseline"]["std"] = std
+        assert len(heading(found)) == 2 + lines, "title, what the scale smoke means"
+    sizes = [abs(row["paper"]["difference"]) for row in compared]
+    least, most = seeds_needed(0.1, max(sizes)), seeds_needed(0.1, min(sizes))
+    assert f"{least} to {most} seeds a row" in heading(found)[-1]
 
 
 def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
