@@ -84,9 +84,9 @@ def body(results: Results) -> str:
     ]
     if "decision" not in results:
         lines.append(
-            "Differences are taken seed by seed. p is that of a paired t-test over seeds,"
-            f" two-sided, corrected for {results['comparisons']} comparisons by Holm's method; the"
-            " intervals are Bonferroni's and hold together at 95 %."
+            "Differences are taken seed by seed; p is that of a paired t-test, corrected for"
+            f" {results['comparisons']} comparisons (Holm); the intervals hold together at 95 %"
+            " (Bonferroni)."
         )
     for group in dict.fromkeys(group for row in results["rows"] for group in row["groups"]):
         rows = [row for row in results["rows"] if group in row["groups"]]
@@ -205,9 +205,13 @@ def _other_metrics(results: Results) -> list[str]:
         else:
             text = _spread(ours, value_format(results["metrics"][name]["unit"]))
         paper = _numbers("", "{:g}", row["paper"].get(name))
-        return f"paper {paper or '-'}; ours {text}" if name in printed else text
+        return f"{paper or '-'}; {text}" if name in printed else text
 
-    columns = ["row", *(f"{name}, {results['metrics'][name]['unit']}" for name in names)]
+    def column(name: str) -> str:
+        both = " (paper; ours)" if name in printed else ""
+        return f"{name}, {results['metrics'][name]['unit']}{both}"
+
+    columns = ["row", *map(column, names)]
     cells = [[row["name"], *(cell(row, name) for name in names)] for row in results["rows"]]
     lines = ["", "## Other metrics", "", *markdown_table(columns, cells, numbers=True)]
     ours = [other["ours"] for row in results["rows"] for other in row["others"].values()]
@@ -224,19 +228,15 @@ def _speeds(results: Results) -> list[str]:
         rival = ""
         if "top2_in_halves" in speed:
             train, forward = speed["top2_in_halves"]
-            rival = (
-                f" Top-2 with two batches in flight, without another model, has {train:.2f} and"
-                f" {forward:.2f}."
-            )
+            rival = f" Top-2 with two batches in flight has {train:.2f} and {forward:.2f}."
         lines += [
             "",
             (
                 f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured):"
                 f" {blocks[0].lower()}{blocks[1:]} over sequential top-2, {speed['compute']}"
-                f" compute, {speed['ranks']} ranks, {speed['links']} links, medians of"
-                f" {speed['rounds']} rounds, [quartiles]; with all communication hidden"
-                f" {speed['limit_train']:.2f} in training and {speed['limit_forward']:.2f} in"
-                f" inference.{rival}"
+                f" compute, {speed['ranks']} ranks, {speed['links']} links, {speed['rounds']}"
+                f" rounds; limit {speed['limit_train']:.2f} in training and"
+                f" {speed['limit_forward']:.2f} in inference.{rival}"
             ),
         ]
     return lines
@@ -268,12 +268,11 @@ def _equal_time(results: Results) -> list[str]:
         "## Quality at equal time",
         "",
         (
-            "Validation loss of each row at the time at which the fastest row ends. Times are by"
-            f" the measured speed-ups of {_step_of_speeds(results)}; p takes them as exact."
-            f" {_way_of_speeds(shares)} A slower row is read off its own"
-            " curve at the step that it has reached by then, before its learning rate has come down"
-            " to its end. In brackets: that step; then the difference to the baseline at the same"
-            f" time and its corrected p{_spread_of_speeds(shares)}."
+            "Validation loss of each row at the time at which the fastest row ends, by the training"
+            f" speed-ups of {_step_of_speeds(results)}, which p takes as exact."
+            f" {_way_of_speeds(shares)} A slower row is read off its own curve at the step in"
+            " brackets, before its learning rate has decayed; then its difference to the baseline"
+            f" at that time, and its corrected p{_spread_of_speeds(shares)}."
         ),
     ]
     if len(shares) == 1:
@@ -288,12 +287,13 @@ def _equal_time(results: Results) -> list[str]:
 
 
 def _decisions(results: Results) -> list[str]:
-    """Return a sentence for each compared metric with a decided difference, and one for all others:
-    which differences are decided, which are not."""
+    """Return a sentence for each compared metric with decided differences, and one for all
+    others."""
     lines = []
     undecided = []
     for metric in results["metrics"]:
-        decided, open_ = [], []
+        decided = []
+        compared = False
         for row in results["rows"]:
             minus = (row if metric == results["metric"] else row["others"][metric])[
                 "minus_baseline"
@@ -304,11 +304,10 @@ def _decisions(results: Results) -> list[str]:
                     f" {row['baseline']}"
                 )
             elif minus is not None and minus["mean"] is not None:
-                open_.append(row["name"])
+                compared = True
         if decided:
-            sentence = f"{metric}: decided (corrected p < 0.05): {'; '.join(decided)}."
-            lines.append(f"{sentence} Not decided: {'; '.join(open_) or 'nothing'}.")
-        elif open_:
+            lines.append(f"{metric}: decided (corrected p < 0.05): {'; '.join(decided)}.")
+        elif compared:
             undecided.append(metric)
     if undecided:
         lines.append(f"Nothing is decided in: {'; '.join(undecided)}.")
@@ -359,11 +358,8 @@ def _spread_of_speeds(shares: Results) -> str:
 def _step_of_speeds(results: Results) -> str:
     """Return in words whose speed was measured."""
     if any(speed["level"] == "iteration" for speed in results["speeds"].values()):
-        return (
-            "a training step of the measured blocks, with the sum of the gradients and the"
-            " optimizer"
-        )
-    return "the measured blocks in training, without the sum of the gradients and the optimizer"
+        return "a training step of blocks, with the sum of the gradients and the update"
+    return "blocks without the sum of the gradients"
 
 
 def without_speed(results: Results) -> list[str]:
