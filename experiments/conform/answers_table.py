@@ -1,4 +1,4 @@
-"""The table of docs/conform.md: questions by libraries, from docs/results/conform/.
+"""The table of docs/conform.md: questions that a library failed, from docs/results/conform/.
 
 python -m experiments.conform.answers_table prints it.
 """
@@ -12,6 +12,7 @@ from scmoe.conform.questions import NAMES
 from scmoe.report import markdown_table
 
 SHORT = {"passed": "yes", "not asked": "–", "crashed": "**crash**", "timed out": "**hangs**"}
+GOOD = {SHORT["passed"], SHORT["not asked"]}
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -25,10 +26,13 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def table_lines() -> list[str]:
-    """Return the lines of the table, in Markdown."""
+    """Return the lines of the table, in Markdown, and the questions that nobody failed."""
     reports = results().values()
     rows = [[name, *(cell(report["questions"][name]) for report in reports)] for name in NAMES]
-    return markdown_table(["", *(report["title"] for report in reports)], rows)
+    failed = [row for row in rows if not GOOD.issuperset(row[1:])]
+    others = "; ".join(row[0] for row in rows if row not in failed)
+    table = markdown_table(["", *(report["title"] for report in reports)], failed)
+    return [*table, "", f"Nobody who was asked failed in: {others}."]
 
 
 def cell(of_places: dict[str, dict[str, Any]]) -> str:
