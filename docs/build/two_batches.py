@@ -73,7 +73,7 @@ def groups_of(reports: Sequence[OverlapReport]) -> list[Group]:
     by_tokens = Group(
         "tokens",
         "tokens a rank",
-        f"Iterations of four blocks by the tokens of a rank, in sequences of 128. {SPEEDUPS}",
+        "Iterations of four blocks by the tokens of a rank, in sequences of 128.",
         "{tokens:,} tokens, share {comm_share:.2f}",
         sorted(
             (report for report in reports if report["tokens"] != TOKENS),
@@ -117,7 +117,7 @@ def cells_of(report: OverlapReport) -> dict[str, str]:
             cells[f"{name_of(row)} {words}"] = "; ".join(f"{ratio:.2f}" for ratio in medians)
     for row, figures in rows.items():
         if figures.peak_over_one_batch is not None:
-            label = f"memory of a step, {name_of(row)}, two batches over one"
+            label = f"memory, {name_of(row)}, two batches over one"
             cells[label] = f"{figures.peak_over_one_batch:.2f}"
     return cells
 

@@ -114,7 +114,6 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "rank, expert": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
         "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",
         "straggler": "{straggler_forward:.0%}, {straggler_train:.0%}",
-        "over top-2": "{forward_speedup:.2f}, {train_speedup:.2f}",
         OVER_TOP2: "{over_top2}",
         "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
         "at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
@@ -143,7 +142,7 @@ def load_conditions(report: dict[str, Any]) -> str:
         f" {report['rounds']} rounds, communication share {report['balanced_share']:.2f} at"
         f" balance, {report['comm_share']:.2f} here"
     )
-    return f"{words}. First values are forward, second ones training, of `hidden` backward:"
+    return f"{words}. Forward, training (`hidden`: backward):"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
