@@ -189,11 +189,13 @@ def decision_part(decision: Results, form: str) -> list[str]:
 
 
 def _other_metrics(results: Results) -> list[str]:
-    """Return a table of the metrics that do not decide: in each cell the paper's value, if it
-    prints any, and ours."""
-    names = list(results["metrics"])[1:]
-    if not names:
-        return []
+    """Return a table of the metrics that do not decide and that a row has: in each cell the paper's
+    value, if it prints any, and ours."""
+    names = [
+        name
+        for name in list(results["metrics"])[1:]
+        if any(row["others"][name]["ours"]["mean"] is not None for row in results["rows"])
+    ]
     printed = {name for row in results["rows"] for name in row["paper"]}
 
     def cell(row: Results, name: str) -> str:
@@ -211,9 +213,11 @@ def _other_metrics(results: Results) -> list[str]:
         both = " (paper; ours)" if name in printed else ""
         return f"{name}, {results['metrics'][name]['unit']}{both}"
 
-    columns = ["row", *map(column, names)]
-    cells = [[row["name"], *(cell(row, name) for name in names)] for row in results["rows"]]
-    lines = ["", "## Other metrics", "", *markdown_table(columns, cells, numbers=True)]
+    lines = []
+    if names:
+        columns = ["row", *map(column, names)]
+        cells = [[row["name"], *(cell(row, name) for name in names)] for row in results["rows"]]
+        lines = ["", "## Other metrics", "", *markdown_table(columns, cells, numbers=True)]
     ours = [other["ours"] for row in results["rows"] for other in row["others"].values()]
     for why in dict.fromkeys(speed["why"] for speed in ours if "why" in speed):
         lines += ["", f"A speed without a number: {why}."]

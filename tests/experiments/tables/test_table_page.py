@@ -45,10 +45,11 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
     table, runs = planned_of("table1", tmp_path, 1)
     for run in runs:
         run.job.state = state_of(5.0, run.digest, val_accuracy=0.5)
-    _, rows = results_by_row(table, runs)
+    found, rows = results_by_row(table, runs)
     assert rows["ScMoE Pos-2"]["others"]["training speed-up"]["ours"]["why"].startswith(
         "not measured"
     )
+    assert "A speed without a number: not measured" in markdown(found)
     write_speeds(runs[0].job.study, 0.52)
     found, rows = results_by_row(table, runs)
     own = rows["ScMoE Pos-2"]["others"]["training speed-up"]["ours"]
