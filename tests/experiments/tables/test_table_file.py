@@ -140,7 +140,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
             "scales.smoke.otherwise is 'digits', allowed: smoke, small",
         ),
         (
-            ("bench: --compute emulated", "bench: --compute 'emulated"),
+            ("bench: --level iteration", "bench: --level 'iteration"),
             "table.yaml: No closing quotation",
         ),
         (("name: ScMoE Pos-1, CG-1", "name: ScMoE Pos 2 CG 1"), "same name"),
