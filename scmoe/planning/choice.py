@@ -4,7 +4,14 @@ and the measured times that predict what it takes (schedule/cost.py, schedule/st
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, mismatch, slots
+from scmoe.schedule.cost import (
+    OperatorTimes,
+    elapsed_time,
+    exposed_time,
+    mismatch,
+    overlapped_time,
+    slots,
+)
 from scmoe.schedule.play import TRANSFERS
 from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.schedule.stack import half_of, waiting_time, windows_time
@@ -37,6 +44,22 @@ class LayerChoice:
         """The schedule at the slot that Eq. 11 would choose, which knows whole operators only."""
         between = [schedule for schedule in slots(self.schedule) if not schedule.inside_attention]
         return min(between, key=lambda s: mismatch(s, self.times[s.chunks]))
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds in which transfers run beside computation."""
+        return overlapped_time(self.schedule, self.times[self.schedule.chunks])
+
+    @property
+    def overlapped_by_chunks(self) -> float | None:
+        """The same if only chunks hid these rows (pipelining, without a window), at most; None: no
+        chunks were measured."""
+        in_chunks = [
+            overlapped_time(Schedule("top_k", chunks=chunks), times)
+            for chunks, times in self.times.items()
+            if chunks > 1
+        ]
+        return max(in_chunks, default=None)
 
     @property
     def free(self) -> tuple[float, float]:

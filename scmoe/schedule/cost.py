@@ -1,5 +1,5 @@
 """What a schedule costs: its operators are played (play.py), which gives the elapsed time of the
-window and the exposed communication; Eq. 11, and the best schedule.
+window, the exposed and the overlapped communication; Eq. 11, and the best schedule.
 
 Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch. The elapsed time of a
 pair is all its computation plus the parts of the transfers that the backbone does not cover, so
@@ -10,13 +10,17 @@ uncovered parts are
 
 T_pre, T_post: backbone time before and after the experts. With more chunks, and for backward, the
 timeline is played.
+
+Eq. 11 also bounds its mismatch, over all slots, by the backbone's time and that of both transfers:
+
+    |T_backbone - T_transfers| <= mismatch <= T_backbone + T_transfers,  T_backbone = T_pre + T_post
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from scmoe.schedule.play import BEFORE, PER_CHUNK, Span, elapsed, mirror, order_of, play
+from scmoe.schedule.play import BEFORE, PER_CHUNK, TRANSFERS, Span, elapsed, mirror, order_of, play
 from scmoe.schedule.schedule import Schedule
 
 
@@ -63,12 +67,33 @@ def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
     return elapsed_time(schedule, times) - computing_time(schedule, times)
 
 
+def overlapped_time(schedule: Schedule, times: OperatorTimes) -> float:
+    """Return how long transfers run beside computation."""
+    transfers = sum(
+        direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in TRANSFERS
+    )
+    return transfers - exposed_time(schedule, times)
+
+
 def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
     """Return Eq. 11's objective for the schedule's slot; it depends on forward times only."""
+    pre, post = _around_experts(schedule, times)
+    return abs(pre - times.forward["dispatch"]) + abs(post - times.forward["combine"])
+
+
+def mismatch_bounds(schedule: Schedule, times: OperatorTimes) -> tuple[float, float]:
+    """Return Eq. 11's lower and upper bound on the mismatch, which no slot changes."""
+    backbone = sum(_around_experts(schedule, times))
+    transfers = times.forward["dispatch"] + times.forward["combine"]
+    return abs(backbone - transfers), backbone + transfers
+
+
+def _around_experts(schedule: Schedule, times: OperatorTimes) -> tuple[float, float]:
+    """Return T_pre and T_post, forward."""
     before, after = schedule.around_experts
     pre = sum(times.forward.get(op, 0.0) for op in before)
     post = sum(times.forward.get(op, 0.0) for op in after + schedule.after_window)
-    return abs(pre - times.forward["dispatch"]) + abs(post - times.forward["combine"])
+    return pre, post
 
 
 def slots(schedule: Schedule) -> list[Schedule]:

@@ -10,7 +10,9 @@ from scmoe.schedule.cost import (
     elapsed_time,
     exposed_time,
     mismatch,
+    mismatch_bounds,
     overlap_efficiency,
+    overlapped_time,
     slots,
 )
 from scmoe.schedule.schedule import Schedule
@@ -33,10 +35,24 @@ def test_exposed_time_is_what_the_backbone_does_not_cover(schedule, times):
     before = sum(times[op] for op in operators[3:experts])
     after = sum(times[op] for op in operators[experts + 2 : -1])
     expected = max(0, times["dispatch"] - before) + max(0, times["combine"] - after)
+    hidden = min(times["dispatch"], before) + min(times["combine"], after)
     for direction in (OperatorTimes(times), OperatorTimes({}, times)):
         assert exposed_time(schedule, direction) == pytest.approx(expected, abs=1e-9)
+        assert overlapped_time(schedule, direction) == pytest.approx(hidden, abs=1e-9)
     found = mismatch(schedule, OperatorTimes(times))
     assert found == abs(before - times["dispatch"]) + abs(after - times["combine"])
+
+
+@given(SCHEDULES, TIMES)
+def test_a_mismatch_lies_between_the_bounds_of_eq_11(schedule, times):
+    """The bounds are the difference and the sum of the window and the transfers. The tolerance is
+    1e-9: sums of ten numbers have another order."""
+    least, most = mismatch_bounds(schedule, OperatorTimes(times))
+    assert least - 1e-9 <= mismatch(schedule, OperatorTimes(times)) <= most + 1e-9
+    transfers = times["dispatch"] + times["combine"]
+    before, after = schedule.around_experts
+    window = sum(times[op] for op in (*before, *after, *schedule.after_window))
+    assert (least, most) == pytest.approx((abs(window - transfers), window + transfers), abs=1e-9)
 
 
 def test_a_mismatch_counts_no_time_for_an_operator_that_has_none():

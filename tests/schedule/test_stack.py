@@ -289,7 +289,7 @@ def test_a_plan_with_two_batches_survives_its_file_and_is_drawn_in_halves(tmp_pa
     plan = plan_to_json(choice, {}, 9)
     assert plan_from_json(plan) == choice
     assert sum(layer["predicted_s"] for layer in plan["layers"]) == choice.predicted
-    assert all("two batches in flight" in line for line in plan_lines(choice))
+    assert "two batches in flight" in plan_lines(choice)[0]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     drawn = []
     with patch.object(timeline, "draw", lambda rows, *_: drawn.append(rows)):

@@ -33,6 +33,18 @@ EVERY_OPERATOR = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
     *("attention", *ATTENTION_PARTS, "mlp", "shared_expert", "current", BEFORE),
 )
+# A pair whose window and transfers take 50 ms each in forward, in 1 and 2 chunks; no backward.
+WINDOW_OF_50_MS = dict.fromkeys(
+    (1, 2),
+    OperatorTimes(
+        {
+            **dict.fromkeys(("route", "encode", "decode"), 0.001),
+            **dict.fromkeys(("dispatch", "combine"), 0.025),
+            **dict.fromkeys(("mlp", "shared_expert", "experts"), 0.01),
+            "attention": 0.03,
+        }
+    ),
+)
 EVERY_WIRING = [
     (architecture, position)
     for architecture, positions in POSITIONS_OF.items()

@@ -1,11 +1,14 @@
 """One pair's operators, measured and planned, as charts in the manner of Fig. 7, and Chrome traces
 of training steps.
 
-The five timelines of the figure (TIMELINES) run on shaped links as in `bench overlap`.
+The five timelines of the figure (TIMELINES) run on shaped links as in `bench overlap`. The report
+says how long the transfers of each run beside computation, by the cost model with measured times:
+section 1 says that the shortcut doubles this time of pipelining.
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from scmoe.moe.recorder import Recorder
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.plan_file import plan_from_json
 from scmoe.planning.pricing import DIRECTIONS, from_tap
-from scmoe.schedule.cost import per_chunk, play_block
+from scmoe.schedule.cost import mismatch, mismatch_bounds, per_chunk, play_block
 from scmoe.schedule.play import Span, elapsed
 from scmoe.schedule.stack import play_stack
 
@@ -49,7 +52,7 @@ def bench_timeline(setting: TimelineSetting, out: Path) -> dict[str, Any]:
     require("bench timeline", "matplotlib")
     pair = Setting(setting.share, compute=setting.compute, ranks=setting.ranks)
     out.mkdir(parents=True, exist_ok=True)
-    rate, timelines = run_ranks(
+    rate, timelines, overlaps = run_ranks(
         watch, pair.ranks, pair, setting.position, out, timeout_s=900, own_links=True
     )[0]
     for direction in DIRECTIONS:
@@ -64,7 +67,7 @@ def bench_timeline(setting: TimelineSetting, out: Path) -> dict[str, Any]:
         print(f"drawn: {path}", file=sys.stderr)
     traces = [str(path) for path in sorted(out.glob("*.json"))]
     print(f"traces: {', '.join(traces)}", file=sys.stderr)
-    return {"link_mbit": rate, "traces": traces}
+    return {"link_mbit": rate, "timelines": overlaps, "traces": traces}
 
 
 def draw_plan(run_dir: Path) -> dict[str, Any]:
@@ -105,8 +108,9 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
 
 def watch(
     rank: int, world_size: int, setting: Setting, position: str, out: Path
-) -> tuple[float, dict[str, Any]]:
-    """Run on every rank. Return the rate (Bench.set_rate), and spans in ms by direction and title.
+) -> tuple[float, dict[str, Any], dict[str, Any]]:
+    """Run on every rank. Return the rate (Bench.set_rate), spans in ms by direction and title, and
+    `overlaps_of` the timelines.
 
     The caller uses rank 0's result.
     """
@@ -114,12 +118,15 @@ def watch(
     bench = Bench(setting)
     rate = find_rate(setting, bench.set_rate, bench.infer)  # of the links, or of the bus
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
+    overlapped: dict[str, LayerChoice] = {}
     for title, (block, transfers, chunks) in TIMELINES.items():
         title, block = (
             title.format(position.capitalize().replace("s", "s-")),
             block.format(position),
         )
         (choice,) = bench.choose(block, chunks).layers
+        if transfers == "overlapped":
+            overlapped[title] = choice
         variant = Variant(block, choice.schedule, transfers)
         for direction in DIRECTIONS:
             timelines[direction][f"{title}: planned"] = planned_spans(
@@ -127,7 +134,32 @@ def watch(
             )
             timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
         trace(bench, variant, out / f"{block}-{transfers}-{choice.schedule.chunks}-chunks.json")
-    return rate, timelines
+    return rate, timelines, overlaps_of(overlapped)
+
+
+def overlaps_of(choices: Mapping[str, LayerChoice]) -> dict[str, dict[str, Any]]:
+    """Return for each timeline how long transfers run beside computation in forward and backward,
+    also over pipelined top-2; how long they are waited for; Eq. 11's mismatch, between its bounds.
+
+    choices: by title, the first of pipelined top-2.
+    """
+    pipelined = next(iter(choices.values())).overlapped
+    return {
+        title: {
+            "beside_computation_ms": 1e3 * choice.overlapped,
+            "over_pipelined_top2": choice.overlapped / pipelined,
+            "exposed_ms": 1e3 * choice.exposed,
+            "eq11_ms": [1e3 * seconds for seconds in eq11_of(choice)],
+        }
+        for title, choice in choices.items()
+    }
+
+
+def eq11_of(choice: LayerChoice) -> tuple[float, float, float]:
+    """Return the lower bound, the mismatch of the chosen slot, and the upper bound, of forward."""
+    times = choice.times[choice.schedule.chunks]
+    least, most = mismatch_bounds(choice.schedule, times)
+    return least, mismatch(choice.schedule, times), most
 
 
 def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -> list[Span]:

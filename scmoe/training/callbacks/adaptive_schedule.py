@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files import read_json, try_to_write_json
 from scmoe.models.run_as import schedule_of
-from scmoe.planning.choice import ModelChoice
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.plan_file import (
     NO_PLAN,
     Plan,
@@ -23,6 +23,7 @@ from scmoe.planning.plan_file import (
 )
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import DIRECTIONS
+from scmoe.schedule.cost import mismatch, mismatch_bounds
 from scmoe.training.callbacks.logged_steps import logs_now
 
 TRIES_TWO = (
@@ -171,7 +172,7 @@ def show(choice: ModelChoice) -> None:
 
 
 def plan_lines(choice: ModelChoice) -> list[str]:
-    """Return a line for each run of neighbouring layers with the same schedule."""
+    """Return two lines for each run of neighbouring layers with the same schedule."""
     lines = []
     times = choice.predicted_and_exposed
     for schedule, group in itertools.groupby(
@@ -184,10 +185,34 @@ def plan_lines(choice: ModelChoice) -> list[str]:
             f"plan: {layers}: {schedule.name}, {schedule.place} of 0 to {len(schedule.window)},"
             f" {schedule.chunks} chunk(s){choice.schedule.batches_in_words}:"
             f" {1e3 * predicted:.1f} ms forward and backward,"
-            f" of which {1e3 * exposed:.1f} ms wait for transfers (Eq. 11 would choose slot"
-            f" {layer.eq11.slot})"
+            f" of which {1e3 * exposed:.1f} ms wait for transfers"
+            f"{beside_computation(layer) if choice.batches == 1 else ''}"
         )
+        lines.append(eq11_line(layer))
     return lines
+
+
+def beside_computation(choice: LayerChoice) -> str:
+    """Return how much a window hides, and how much chunks alone would; nothing without a window."""
+    if not choice.schedule.window:
+        return ""
+    clause = f", {1e3 * choice.overlapped:.1f} ms of transfers run beside computation"
+    by_chunks = choice.overlapped_by_chunks
+    if by_chunks:
+        ratio = choice.overlapped / by_chunks
+        clause += f" ({ratio:.1f} times the {1e3 * by_chunks:.1f} ms of chunks without a window)"
+    return clause
+
+
+def eq11_line(choice: LayerChoice) -> str:
+    schedule = choice.eq11
+    times = choice.times[schedule.chunks]
+    least, most = mismatch_bounds(schedule, times)
+    return (
+        f"plan: Eq. 11 would choose slot {schedule.slot}, whose mismatch is"
+        f" {1e3 * mismatch(schedule, times):.1f} ms in forward; its bounds are {1e3 * least:.1f}"
+        f" and {1e3 * most:.1f} ms"
+    )
 
 
 def what_ran(overlap: Overlap) -> str:

@@ -12,7 +12,11 @@ import pytest
 
 from scmoe.command_line import call
 from scmoe.planning.plan_file import plan_from_json, plan_to_json, read_plan
+from scmoe.planning.pricing import LayerChoice
+from scmoe.schedule.schedule import Schedule
+from scmoe.training.callbacks.adaptive_schedule import plan_lines
 from tests.support.commands import resume_in_ranks, train_in_ranks
+from tests.support.played import WINDOW_OF_50_MS
 
 pytestmark = [pytest.mark.ranks, pytest.mark.faults, pytest.mark.representative]
 
@@ -70,6 +74,23 @@ def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
     said = resume(run_dir, 2)
     assert said.startswith("plan: MoE layer 1: scmoe pos2, slot 3 of 0 to 3, 4 chunk(s)")
     assert json.loads(path.read_text())["layers"][0]["schedule"] == plan["layers"][0]["schedule"]
+
+
+def test_a_plan_says_eq_11_and_what_chunks_alone_would_hide():
+    """Window and transfers are 50 ms each. At slot 2, 40 ms of the window run before the experts
+    and 10 after, so 25 + 10 ms of the transfers are hidden. Two chunks alone hide the experts'
+    10 ms."""
+    choice = LayerChoice(Schedule("scmoe", "pos2", 2), WINDOW_OF_50_MS, (0.113, 0.0))
+    plan, eq11 = plan_lines([choice])
+    assert "15.0 ms wait for transfers, 35.0 ms of transfers run beside computation" in plan
+    assert "(3.5 times the 10.0 ms of chunks without a window)" in plan
+    assert "slot 1, whose mismatch is 30.0 ms in forward; its bounds are 0.0 and 100.0 ms" in eq11
+    (plan, _) = plan_lines(
+        [LayerChoice(choice.schedule, {1: WINDOW_OF_50_MS[1]}, choice.sequential)]
+    )
+    assert plan.endswith("35.0 ms of transfers run beside computation"), "no chunks were measured"
+    (plan, _) = plan_lines([LayerChoice(Schedule("top_k"), WINDOW_OF_50_MS, choice.sequential)])
+    assert plan.endswith("wait for transfers"), "there is no window"
 
 
 def test_a_plan_of_other_conditions_is_measured_again(run_dir):
