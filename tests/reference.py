@@ -51,6 +51,7 @@ class Spec(NamedTuple):
     scaled_latents: bool = False
     rope_theta: float = 10000.0
     yarn_factor: float = 1.0
+    distinct_experts: bool = True
 
 
 class Routed(NamedTuple):
@@ -437,7 +438,8 @@ def moe_block(
     )
     if spec.architecture in ("dgmoe", "dgmoe_share"):  # Eq. 23, A.7
         preceding = routed(layer_norm(w, tap_norm, taps[position]))
-        current = routed(u, [experts[0] for experts in preceding.chosen])
+        taken = [experts[0] for experts in preceding.chosen] if spec.distinct_experts else None
+        current = routed(u, taken)
         return add(current.y + preceding.y), both(current, preceding), Left(h)
     shared = mlp(w, f"{name}.shared_expert", u)
     w_coefficient = w.get(f"{name}.coefficient.gate.weight")

@@ -43,6 +43,7 @@ class SwinSpec(NamedTuple):
     coefficient_input: str = "current"
     every: int = 2
     capacity_factor: float | None = None
+    distinct_experts: bool = True
 
 
 class SwinAnswer(NamedTuple):
@@ -177,7 +178,8 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
         tap = taps[position]
         if architecture in ("dgmoe", "dgmoe_share"):  # Eq. 23, A.7
             preceding = routed(tap)
-            current = routed(h, [experts[0] for experts in preceding.chosen])
+            taken = [experts[0] for experts in preceding.chosen] if spec.distinct_experts else None
+            current = routed(h, taken)
             modules.append(both(current, preceding))
             return add(name, h, modules[-1].y)
         assert architecture == "scmoe"  # Eq. 7-10

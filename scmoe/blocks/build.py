@@ -95,4 +95,5 @@ def wired_block(
         shared_expert=shared_expert,
         coefficient=coefficient,
         coefficient_reads_tap=wiring.coefficient_input == "tap",
+        distinct_experts=wiring.distinct_experts,
     )

@@ -10,7 +10,9 @@ top-1 each.
 The preceding half begins at the tap and ends at the end of the block, so its transfers hide behind
 the backbone as ScMoE's do. The transfers of the current half are not hidden. If both gates choose
 the same expert for a token, the current half goes to its second-best expert: the router compares
-expert ids (A.2). DGMoE-Share (A.7): two pairs of blocks share one MoE module, `share_moe`.
+expert ids (A.2). Without this constraint (`distinct_experts` False) both halves of most tokens go
+to one expert, and the paper finds the quality of top-1 (section 5.1.1). DGMoE-Share (A.7): two
+pairs of blocks share one MoE module, `share_moe`.
 
 The module's load is the sum of both gates', because its experts serve both
 (docs/decisions/0017-double-gate.md).
@@ -53,7 +55,8 @@ class DoubleGateBlock(MoEBlock):
         x_BSD, preceding = self.through_window(x_BSD, preceding, cache)
         if self.schedule.slot == len(self.schedule.window):
             preceding = self.moe.run_experts(preceding)
-        arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
+        taken_T1 = preceding.routing.topk_ids_TK if self.distinct_experts else None
+        arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, taken_T1
         current_BSD, current_stats = self.noted_as("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
         stats = None

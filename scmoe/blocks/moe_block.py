@@ -35,7 +35,8 @@ class MoEBlock(Operators):
     before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm: reads the tap,
     where the architecture has one. shared_expert, coefficient: where it has a shared expert.
     coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
-    expert's input. Raises ValueError for a position that requires more sub-layers than there are.
+    expert's input. distinct_experts: DGMoE's two gates choose two experts for each token. Raises
+    ValueError for a position that requires more sub-layers than there are.
     """
 
     architecture: str
@@ -52,6 +53,7 @@ class MoEBlock(Operators):
         shared_expert: nn.Module | None = None,
         coefficient: nn.Module | None = None,
         coefficient_reads_tap: bool = False,
+        distinct_experts: bool = True,
     ) -> None:
         super().__init__()
         assert schedule.architecture == self.architecture
@@ -70,6 +72,7 @@ class MoEBlock(Operators):
         self.after = after or nn.Identity()
         self.schedule = schedule
         self.coefficient_reads_tap = coefficient_reads_tap
+        self.distinct_experts = distinct_experts
         # index of the sub-layer after the tap; without a tap, their number
         self.tap = len(sublayers) - after_tap
         self.check_parts()

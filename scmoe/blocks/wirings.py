@@ -19,8 +19,8 @@ class Wiring:
     every: blocks with an MoE, every second one (a pair) or each one. position, first_position: of
     the tap; of the first block with an MoE, where it differs. tap_norm: own | shared, with the
     sub-layer after the tap. combine, coefficient_input: how shared and routed output are added, and
-    what the gate of their weights reads. after_norm: of their sum. What an architecture does not
-    have is the default.
+    what the gate of their weights reads. after_norm: of their sum. distinct_experts: of DGMoE's two
+    gates. What an architecture does not have is the default.
     """
 
     architecture: str = "scmoe"
@@ -31,6 +31,7 @@ class Wiring:
     combine: str = "cg1"
     coefficient_input: str = "current"
     after_norm: bool = False
+    distinct_experts: bool = True
 
     @property
     def taps(self) -> tuple[str | None, str | None]:

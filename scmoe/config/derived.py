@@ -26,6 +26,7 @@ def resolve_wiring(config: Config, architecture: str | None = None) -> Wiring:
         moe.combine,
         moe.coefficient_input,
         moe.after_norm,
+        moe.distinct_experts,
     )
 
 

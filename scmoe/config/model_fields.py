@@ -112,6 +112,9 @@ class MoEConfig:
     after_norm: bool = option(
         False, "norm of the sum of shared and routed output, before it is added"
     )
+    distinct_experts: bool = option(
+        True, "DGMoE: the current layer goes to another expert than the preceding one (A.2)"
+    )
     every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
     capacity_factor: float | None = option(
         2.0, "an expert's slots over its fair share; null: dropless", ABOVE_0

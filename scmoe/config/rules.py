@@ -158,7 +158,7 @@ def _moe(config: Config) -> Refusals:
     if moe.architecture in ("dgmoe", "dgmoe_share"):
         if moe.top_k != 1:
             yield "moe.top_k", f"1, as each of the two gates of {chosen} chooses one expert"
-        if moe.num_experts < 2:
+        if moe.num_experts < 2 and moe.distinct_experts:
             yield "moe.num_experts", f"2 or more, as {chosen} gives each token two experts"
     if moe.architecture == "dgmoe_share" and others < 2 * moe.every:
         least = 2 * moe.every + len(moe.leading_dense)

@@ -107,6 +107,8 @@ def _unread_of_wiring(config: Config) -> Unread:
         yield f"{wiring} has no tap", ("moe.position",)
     if not extension and moe.architecture != "scmoe":
         yield f"{wiring} reads no tap there", ("moe.coefficient_input",)
+    if not extension and SHORTCUTS.get(moe.architecture) != "dgmoe":
+        yield f"{wiring} has one gate", ("moe.distinct_experts",)
     if moe.combine == "direct_add":
         yield "moe.combine=direct_add has no coefficients", ("moe.coefficient_input",)
     if not extension and moe.architecture not in ("shared_expert", "scmoe", "farskip"):

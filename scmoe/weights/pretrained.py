@@ -241,6 +241,8 @@ def model_settings(config: Config) -> dict[str, Any]:
     is_extension = architecture not in ARCHITECTURES.built_in  # it may read all of these keys
     if architecture in SHORTCUTS or is_extension:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]
+    if SHORTCUTS.get(architecture) == "dgmoe" or is_extension:
+        keys.append("moe.distinct_experts")
     if architecture in ("shared_expert", "scmoe") or is_extension:
         keys += ["moe.combine", "moe.coefficient_input"]
     if config.extensions:

@@ -44,6 +44,22 @@ def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
     assert (padded.topk_ids_TK[5:] == EXPERTS).all() and (padded.topk_weights_TK[5:] == 0).all()
 
 
+def test_without_the_rule_both_halves_may_go_to_one_expert():
+    """A gate of zeros prefers the first expert for each of 12 tokens, in both halves."""
+    x_BSD = torch.randn(2, 6, DIM, dtype=torch.float64)
+    for distinct, most in ((True, 12), (False, 24)):
+        block = DoubleGateBlock(
+            tiny_sublayers(),
+            nn.LayerNorm(DIM),
+            tiny_stream(1),
+            Schedule("dgmoe", "pos2"),
+            tap_norm=nn.LayerNorm(DIM),
+            distinct_experts=distinct,
+        ).double()
+        nn.init.zeros_(block.moe.router.gate.weight)
+        assert block(x_BSD).stats.counts_E.max() == most
+
+
 # ---------------------------------------------------------------------- schedule
 
 

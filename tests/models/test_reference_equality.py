@@ -81,6 +81,7 @@ def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, referenc
         config.model.latent.scaled,
         config.model.rope_theta,
         config.model.latent.yarn_factor,
+        moe.distinct_experts,
     )
     answer = reference.gpt(weights, spec, *tiny_batch(config))
     values = {

@@ -56,6 +56,7 @@ def spec_of(config: Config) -> SwinSpec:
         moe.coefficient_input,
         moe.every,
         moe.capacity_factor,
+        moe.distinct_experts,
     )
 
 

@@ -26,6 +26,7 @@ TABLES = {
     "pos2-cg2": "position=pos2 combine=cg2",
     "scmoe-2": "position=pos2 top_k=2",
     "dgmoe": "architecture=dgmoe position=pos2",
+    "double-top-1": "architecture=dgmoe distinct_experts=false position=pos2",
     "dgmoe-share": "architecture=dgmoe_share position=pos2 model.layers=4",
 }
 EVERY_BLOCK = {  # LLaMA2-MoE, Table 2: the tap is always the block's own input, Pos-1

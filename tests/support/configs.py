@@ -63,6 +63,7 @@ IMPOSSIBLE = [
     ("moe.position", "moe.architecture=farskip moe.every=1 moe.position=pos1"),
     ("moe.top_k", "moe.architecture=dgmoe moe.top_k=2"),
     ("moe.num_experts", "moe.architecture=dgmoe moe.num_experts=1"),
+    ("moe.distinct_experts", "moe.distinct_experts=false"),
     ("moe.combine", "moe.architecture=dgmoe moe.combine=cg2"),
     ("moe.coefficient_input", "moe.architecture=dgmoe_share moe.coefficient_input=tap"),
     ("moe.position", "moe.architecture=dgmoe moe.every=1 moe.position=pos2"),

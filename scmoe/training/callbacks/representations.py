@@ -9,7 +9,8 @@ Fig. 9 compares the current and the preceding layer's representations at one gat
     d  mean probability of the expert that the preceding one goes to          score_preceding
 
 Noise on the logits is left out. In DGMoE, where both would choose one expert, the current
-representation goes to its second best, and (c) is the probability of that one. In blocks without a
+representation goes to its second best, and (c) is the probability of that one; with
+moe.distinct_experts=false it stays that of the best. In blocks without a
 tap, the preceding representation is read at a position that the caller chooses, through the block's
 only norm.
 
@@ -113,7 +114,7 @@ class GatingProbe:
             mask = args[1] if len(args) > 1 else None
             if mask is None:
                 mask = torch.ones_like(current[..., 0], dtype=torch.bool)
-            distinct = isinstance(block, DoubleGateBlock)
+            distinct = isinstance(block, DoubleGateBlock) and block.distinct_experts
             sums = gating_sums(current[mask], preceding[mask], block.moe.router, distinct)
             self.sums.append(sums)
 
