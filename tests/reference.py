@@ -378,7 +378,6 @@ def z_loss(logits: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- blocks and model
 
-PAIR = ("sublayers.0", "sublayers.1", "sublayers.2")  # names of attention l, MLP l, attention l+1
 FOLLOWING = {
     "pos1": -1,
     "pos2": -2,
@@ -397,9 +396,10 @@ class Left(NamedTuple):
 def moe_block(
     w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, owner: str, left: Left
 ) -> tuple[Tensor, Routed, Left]:
-    """Compute a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the
-    block of its MoE. left: what the block before leaves."""
-    names = [f"{name}.{part}" for part in (PAIR if spec.every == 2 else PAIR[:1])]
+    """Compute a pair (Block-MLP, Block-MoE) or one Block-MoE; with one in every fourth block, two
+    of Block-MLP before the pair. position: the tap's. owner: the block of its MoE. left: what the
+    block before leaves."""
+    names = [f"{name}.sublayers.{i}" for i in range(2 * spec.every - 1)]
 
     def routed(x: Tensor, taken: list[int] | None = None) -> Routed:
         result = routed_experts(w, f"{owner}.moe", x.flatten(0, 1), spec, taken)
@@ -412,8 +412,11 @@ def moe_block(
         attended = attention(w, f"{names[0]}.f", layer_norm(w, f"{names[0]}.norm", y_l), spec)
         y_next = h_in + attended + mlp(w, f"{name}.shared_expert", u)
         return y_next + moe.y, moe, Left(without_routed=y_next)
-    if spec.every == 2:
-        attention_l, mlp_l, attention_next = names
+    if spec.every == 4:
+        for i in (0, 2):
+            h_in = add_mlp(w, names[i + 1], add_attention(w, names[i], h_in, spec))
+    if spec.every > 1:
+        attention_l, mlp_l, attention_next = names[-3:]
         h_mh = add_attention(w, attention_l, h_in, spec)  # H_l^MH
         h_mlp = add_mlp(w, mlp_l, h_mh)  # H_l^MLP
         h = add_attention(w, attention_next, h_mlp, spec)  # H_{l+1}^MH

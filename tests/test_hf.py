@@ -140,7 +140,7 @@ def test_embeddings_instead_of_ids(kind):
         model(ids(), inputs_embeds=embeddings)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral", "moe.every=4"])
 def test_hidden_states_of_every_layer(kind):
     model = model_of(kind)
     output = model(ids(), output_hidden_states=True, logits_to_keep=1)

@@ -232,6 +232,7 @@ def pair_setting(config: Config, share: float, ranks: int, tokens: int) -> Setti
         share,
         ranks=ranks,
         every=cast(Any, config.moe.every),  # any number
+        layers=max(2, config.moe.every),
         compute="real",
         dim=model.dim,
         ffn_dim=model.ffn_dim or 4 * model.dim,

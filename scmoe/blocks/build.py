@@ -63,12 +63,14 @@ def wired_block(
     """Return one block with an MoE.
 
     block: of the wiring's architecture. schedule: its position is one of the wiring's taps. layers:
-    the parts of the block's layer, or of the two layers of a pair. build_stream: of the last one.
+    the parts of the block's layer, of the two layers of a pair, or of four layers, of which the
+    last has the MoE. build_stream: of the last one.
     """
     parts = layers[-1]
-    sublayers = [layers[0].attention_sublayer()]
-    if len(layers) == 2:
-        sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
+    sublayers = []
+    for layer in layers[:-1]:
+        sublayers += [layer.attention_sublayer(), layer.mlp_sublayer()]
+    sublayers.append(parts.attention_sublayer())
     norm = parts.norm()
     stream = build_stream(parts)
 

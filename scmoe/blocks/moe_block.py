@@ -9,6 +9,7 @@ double_gate.py, farskip.py.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,12 +30,12 @@ class MoEBlock(Operators):
     HandedOn leaves an activation for the next block, which gets it as `carry`
     (models/residual_stream.py).
 
-    sublayers: of one block (attention) or of a pair (attention, MLP, attention), each called as
-    sublayer(x_BSD), and as sublayer(x_BSD, cache) in generation. norm: reads the output of the last
-    sub-layer; in FarSkip, the block's input. after: the MoE module's output passes through it
-    before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm: reads the tap,
-    where the architecture has one. shared_expert, coefficient: where it has a shared expert.
-    coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
+    sublayers: of one block (attention), of a pair (attention, MLP, attention) or of four blocks;
+    each is called as sublayer(x_BSD), and as sublayer(x_BSD, cache) in generation. norm: reads the
+    output of the last sub-layer; in FarSkip, the block's input. after: the MoE module's output
+    passes through it before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm:
+    reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared
+    expert. coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
     expert's input. distinct_experts: DGMoE's two gates choose two experts for each token. Raises
     ValueError for a position that requires more sub-layers than there are.
     """
@@ -117,7 +118,8 @@ class MoEBlock(Operators):
 
     def before_tap(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """Run the sub-layers before the tap."""
-        for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
+        before = list(self.sublayers)[: self.tap]
+        for name, sublayer in zip(cycle(SUBLAYERS[:2]), before, strict=False):
             x_BSD = self.operator(name, sublayer, *with_cache(x_BSD, cache=cache))
         return x_BSD
 

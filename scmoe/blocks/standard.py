@@ -5,8 +5,8 @@
                             |                                          ^
                             +-----------------> SE --------------------+
 
-h is the output of the last sub-layer of one block (attention) or of a pair (attention, MLP,
-attention).
+h is the output of the last sub-layer of one block (attention), of a pair (attention, MLP,
+attention) or of four blocks.
 """
 
 from collections.abc import Sequence

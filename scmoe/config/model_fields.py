@@ -115,7 +115,9 @@ class MoEConfig:
     distinct_experts: bool = option(
         True, "DGMoE: the current layer goes to another expert than the preceding one (A.2)"
     )
-    every: Literal[1, 2] = option(2, "MoE in every block (1) or in every second block (2)")
+    every: Literal[1, 2, 4] = option(
+        2, "MoE in every block (1), in every second block (2) or in every fourth (4)"
+    )
     capacity_factor: float | None = option(
         2.0, "an expert's slots over its fair share; null: dropless", ABOVE_0
     )

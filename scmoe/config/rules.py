@@ -167,6 +167,8 @@ def _moe(config: Config) -> Refusals:
         yield from _shortcut_in_every_block(config)
     if moe.architecture == "farskip" and moe.every != 1:
         yield "moe.every", f"1, as {chosen} is a block with attention and an MoE module"
+    if moe.every == 4 and model.family == "swin":
+        yield "moe.every", "1 | 2 with model.family=swin, whose stage 4 has two blocks"
     if moe.architecture == "farskip" and model.family in FAMILIES.images:
         sum_of_two = f"model.family={model.family} normalises the sum of what farskip adds in turn"
         yield "moe.architecture", Remedy(f"{sum_of_two}. Choose another architecture.")

@@ -3,7 +3,7 @@ weights as standard top-k.
 
     standard          K + 1 routed copies, where a shortcut has K and a shared expert
     shared_expert     K
-    scmoe_pos1, ...   K; Pos-3 only in pairs of blocks
+    scmoe_pos1, ...   K; Pos-3 not with an MoE in every block
     farskip           K; only with an MoE in every block
     top1              one copy, fewer FLOPs; only if it is asked for
 
@@ -124,10 +124,10 @@ def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig
     shortcut = replace(plain, architecture="scmoe", top_k=k)
     yield "scmoe_pos1", replace(shortcut, position="pos1")
     yield "scmoe_pos2", replace(shortcut, position="pos2")
-    if moe.every == 2:
-        yield "scmoe_pos3", replace(shortcut, position="pos3")
-    else:
+    if moe.every == 1:
         yield "farskip", replace(plain, architecture="farskip", top_k=k)
+    else:
+        yield "scmoe_pos3", replace(shortcut, position="pos3")
 
 
 def standard_of(config: Config) -> Config:

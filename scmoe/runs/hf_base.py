@@ -334,8 +334,8 @@ def recorded_states(network: Any, show: bool) -> Iterator[list[Tensor]]:
         blocks = list(network.blocks)
         handles.append(blocks[0].register_forward_pre_hook(note_input))
         for block in blocks:
-            if len(block.sublayers) == 3:
-                handles.append(block.sublayers[1].register_forward_hook(note_output))
+            for mlp in block.sublayers[1:-1:2]:  # each but the last ends a layer
+                handles.append(mlp.register_forward_hook(note_output))
             if block is not blocks[-1]:
                 handles.append(block.register_forward_hook(note_output_of_block))
         handles.append(network.norm.register_forward_hook(note_output))

@@ -18,6 +18,7 @@ At slot k the experts run after k operators of the window. Where the next operat
 they may also run inside it: between its core (norm, projections, softmax) and its output
 projection. Megatron's ShortcutMoE, FarSkip and LongCat-Flash's serving cut their windows there.
 
+With an MoE in every fourth block, the window lies in the last two of them and is that of a pair.
 With an MoE in every block, the tap of Pos-2 lies in the preceding block, which hands it on
 (`carried`). The first block has no preceding one and taps its own sub-layers' output (`first`).
 """
@@ -25,7 +26,8 @@ With an MoE in every block, the tap of Pos-2 lies in the preceding block, which 
 from dataclasses import dataclass
 from functools import cached_property
 
-# sub-layers of a pair, in order; a block with an MoE in every block has the first
+# sub-layers of a pair, in order; a block with an MoE in every block has the first, and one in every
+# fourth block has two more of the first two, each before the pair
 SUBLAYERS = ("attention", "mlp", "attention")
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
 BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block

@@ -113,10 +113,10 @@ def read_qwen2_moe(config: dict[str, Any]) -> Reading:
     widths = {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
     problems += others(config, widths)
     is_top1 = settings["moe.top_k"] == 1
-    if settings["moe.every"] not in (1, 2) or (is_top1 and settings["moe.renormalise"]):
+    if settings["moe.every"] not in (1, 2, 4) or (is_top1 and settings["moe.renormalise"]):
         problems.append(
-            "decoder_sparse_step allowed: 1 or 2; norm_topk_prob allowed for one expert per token:"
-            " false"
+            "decoder_sparse_step allowed: 1, 2 or 4; norm_topk_prob allowed for one expert per"
+            " token: false"
         )
     settings |= {
         "moe.architecture": "shared_expert",

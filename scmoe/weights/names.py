@@ -58,8 +58,7 @@ def sublayer_names(
 
 
 def moe_names(settings: Mapping[str, Any], moe: str, matrices: tuple[str, str, str]) -> Names:
-    """Return the names of all blocks with an MoE: of pairs of a dense and an MoE layer where
-    moe.every is 2.
+    """Return the names of all blocks with an MoE, each with the dense layers before it.
 
     moe: their name of the MoE module. matrices: their names of an expert's gate, up and down
     projections.

@@ -135,7 +135,8 @@ def dense_name(name: str, model: Any) -> str | None:
     """Return the dense model's name for a parameter of an MoE model; None if it has none.
 
     A pair holds attention, MLP and attention of two dense blocks; with moe.every=1, a block holds
-    one attention. The MLP of the last of these dense blocks, with its norm, becomes the MoE module.
+    one attention, with 4 the seven sub-layers of four dense blocks. The MLP of the last of these
+    dense blocks, with its norm, becomes the MoE module.
     """
     match = re.fullmatch(
         r"blocks\.(\d+)\.(?:sublayers\.(\d)|(norm|tap_norm|shared_expert|moe|coefficient))\.(.+)",

@@ -24,6 +24,7 @@ from scmoe.schedule.schedule import ModelSchedule
 from tests.support.architectures import (
     BETWEEN_BLOCKS,
     EVERY_BLOCK,
+    EVERY_FOURTH_BLOCK,
     LATENT_ATTENTION,
     TABLES,
     overrides,
@@ -34,7 +35,7 @@ from tests.support.two_batches import DROPLESS, EVEN, ROUTERS, EqualRows, assert
 
 LATENT = {name: text for name, text in LATENT_ATTENTION.items() if name != "latent-dense"}
 LATENT = {name: f"{text} model.family=llama model.heads=4" for name, text in LATENT.items()}
-LANGUAGE = TABLES | EVERY_BLOCK | BETWEEN_BLOCKS | LATENT
+LANGUAGE = TABLES | EVERY_BLOCK | EVERY_FOURTH_BLOCK | BETWEEN_BLOCKS | LATENT
 del LANGUAGE["dgmoe-share"]  # two batches are refused with it
 IMAGES = (
     *(

@@ -27,6 +27,7 @@ MODELS = {
     "shared_expert": "moe.architecture=shared_expert moe.combine=cg2",
     "scmoe": "moe.architecture=scmoe moe.top_k=2 moe.noisy=true",
     "every-block": "moe.architecture=scmoe moe.position=pos1 moe.every=1",
+    "every-fourth-block": "moe.every=4 model.layers=4",
     "dgmoe": "moe.architecture=dgmoe",
     "dgmoe_share": "moe.architecture=dgmoe_share model.layers=4",
     "zero-experts": (

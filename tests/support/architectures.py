@@ -34,6 +34,13 @@ EVERY_BLOCK = {  # LLaMA2-MoE, Table 2: the tap is always the block's own input,
     "shared-every-block": "architecture=shared_expert every=1",
     "scmoe-every-block": "position=pos1 every=1",
 }
+EVERY_FOURTH_BLOCK = {
+    "top-2-every-fourth": "architecture=top_k top_k=2 every=4 model.layers=4",
+    "shared-every-fourth": "architecture=shared_expert every=4 model.layers=4",
+    "l0-pos1-every-fourth": "position=pos2 first_position=pos1 every=4 model.layers=8",
+    "pos3-every-fourth": "position=pos3 every=4 model.layers=4",
+    "dgmoe-every-fourth": "architecture=dgmoe every=4 model.layers=4",
+}
 
 BETWEEN_BLOCKS = {  # a block leaves an activation for the next one
     "pos2-every-block": "position=pos2 every=1 model.layers=3",
@@ -72,6 +79,7 @@ SLOW = TABLES.keys() - set(KINDS)
 LANGUAGE_WITH_ORACLE = {
     **TABLES,
     **EVERY_BLOCK,
+    **EVERY_FOURTH_BLOCK,
     **BETWEEN_BLOCKS,
     **AFTER_NORM,
     "pos2-every-block-cg2-reads-tap": (

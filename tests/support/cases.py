@@ -6,11 +6,12 @@ from tests.support.architectures import (
     AFTER_NORM,
     BETWEEN_BLOCKS,
     EVERY_BLOCK,
+    EVERY_FOURTH_BLOCK,
     LATENT_ATTENTION,
     TABLES,
 )
 
-ARCHITECTURES = TABLES | EVERY_BLOCK | BETWEEN_BLOCKS
+ARCHITECTURES = TABLES | EVERY_BLOCK | EVERY_FOURTH_BLOCK | BETWEEN_BLOCKS
 LLAMA = "model.family=llama model.heads=4 model.kv_heads=2 trainer.max_steps=1"
 ARCHITECTURES |= {f"llama, {name}": f"{text} {LLAMA}" for name, text in ARCHITECTURES.items()}
 ARCHITECTURES |= {"nvidia": AFTER_NORM["nvidia"]}

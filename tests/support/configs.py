@@ -34,6 +34,8 @@ IMPOSSIBLE = [
     ("moe.first_position", "moe.every=1 moe.first_position=pos1"),
     ("schedule.slot", "moe.every=1 schedule.slot=2"),
     ("moe.every", "moe.architecture=farskip"),
+    ("moe.every", "model.family=swin data.name=digits moe.every=4 model.layers=4"),
+    ("model.layers", "moe.every=4 model.layers=6"),
     ("moe.combine", "moe.architecture=farskip moe.every=1 moe.combine=direct_add"),
     ("moe.after_norm", "moe.architecture=farskip moe.every=1 moe.after_norm=true"),
     ("moe.tap_norm", "moe.architecture=farskip moe.every=1 moe.tap_norm=shared"),

@@ -55,6 +55,7 @@ KINDS = {  # words: model_type
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.head_dim=6": "mixtral",
     f"{LLAMA} moe.architecture=shared_expert model.head_dim=6": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert": "qwen2_moe",
+    f"{LLAMA} moe.architecture=shared_expert moe.every=4 model.layers=8": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.every=1": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.renormalise=false": "qwen2_moe",
     f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": (

@@ -27,6 +27,7 @@ UPCYCLED = {
     "l0-pos1": ("llama", "position=pos2 first_position=pos1"),
     "scmoe-2": ("gpt", "position=pos2 top_k=2"),
     "scmoe-every-block": ("llama", "position=pos1 every=1"),
+    "pos3-every-fourth": ("llama", "position=pos3 every=4"),
 }
 
 

@@ -124,8 +124,8 @@ def dense(config: Config, wire: Wire, parts: Sequence[Parts]) -> list[nn.Module]
 def moe_blocks(
     block: type[MoEBlock], config: Config, wire: Wire, parts: Sequence[Parts]
 ) -> list[nn.Module]:
-    """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1), or
-    pairs of Block-MLP and Block-MoE (every=2)."""
+    """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1),
+    pairs of Block-MLP and Block-MoE (every=2), or three times Block-MLP and Block-MoE (every=4)."""
     every, widths = config.moe.every, config.moe.leading_dense
     dense = Parts.farskip_dense_block if issubclass(block, FarSkipBlock) else Parts.dense_block
     leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
@@ -159,8 +159,8 @@ def moe_block(
 ) -> nn.Module:
     """Return one block with an MoE.
 
-    layers: the parts of its layer, or of the two layers of a pair. first: the model's first MoE
-    module, whose tap may be elsewhere.
+    layers: the parts of its layer, of the two layers of a pair, or of four layers. first: the
+    model's first MoE module, whose tap may be elsewhere.
     """
     wiring = resolve_wiring(config, block.architecture)
     first_tap, tap_of_others = wiring.taps
