@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from scmoe.command_line import call
+from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.plan_file import plan_from_json, plan_to_json, read_plan
-from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.callbacks.adaptive_schedule import plan_lines
 from tests.support.commands import resume_in_ranks, train_in_ranks
@@ -81,15 +81,15 @@ def test_a_plan_says_eq_11_and_what_chunks_alone_would_hide():
     and 10 after, so 25 + 10 ms of the transfers are hidden. Two chunks alone hide the experts'
     10 ms."""
     choice = LayerChoice(Schedule("scmoe", "pos2", 2), WINDOW_OF_50_MS, (0.113, 0.0))
-    plan, eq11 = plan_lines([choice])
+    plan, eq11 = plan_lines(ModelChoice((choice,)))
     assert "15.0 ms wait for transfers, 35.0 ms of transfers run beside computation" in plan
     assert "(3.5 times the 10.0 ms of chunks without a window)" in plan
     assert "slot 1, whose mismatch is 30.0 ms in forward; its bounds are 0.0 and 100.0 ms" in eq11
-    (plan, _) = plan_lines(
-        [LayerChoice(choice.schedule, {1: WINDOW_OF_50_MS[1]}, choice.sequential)]
-    )
+    unchunked = LayerChoice(choice.schedule, {1: WINDOW_OF_50_MS[1]}, choice.sequential)
+    (plan, _) = plan_lines(ModelChoice((unchunked,)))
     assert plan.endswith("35.0 ms of transfers run beside computation"), "no chunks were measured"
-    (plan, _) = plan_lines([LayerChoice(Schedule("top_k"), WINDOW_OF_50_MS, choice.sequential)])
+    top_k = LayerChoice(Schedule("top_k"), WINDOW_OF_50_MS, choice.sequential)
+    (plan, _) = plan_lines(ModelChoice((top_k,)))
     assert plan.endswith("wait for transfers"), "there is no window"
 
 
