@@ -3,7 +3,6 @@ everywhere."""
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 
@@ -15,15 +14,15 @@ from hypothesis import settings
 from experiments.engine.ranks import PRELOADED
 
 # Tests import these in ranks. Each would take a tenth of a second there, or more.
-PRELOADED.extend(
-    [
-        "scmoe.training.run.train",
-        "pytest",
-        "tests.support.commands",
-        "tests.support.resuming",
-        "tests.support.entry_points",
-    ]
-)
+PRELOADED[:] = [
+    "tests.support.begin_imports",
+    *PRELOADED,
+    "scmoe.training.run.train",
+    "pytest",
+    "tests.support.commands",
+    "tests.support.resuming",
+    "tests.support.end_imports",
+]
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
 torch.set_num_threads(1)
 settings.register_profile(
@@ -44,15 +43,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Collect the tests, and only then garbage: all that is imported stays, and to go through it
-    again and again takes a quarter of the time."""
-    gc.disable()
+    import tests.support.begin_imports  # noqa: F401
+
     try:
         return (yield)
     finally:
-        gc.enable()
         if "lightning.pytorch" in sys.modules:  # not in the process that only hands out tests
-            import tests.support.entry_points  # noqa: F401
+            import tests.support.end_imports  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
