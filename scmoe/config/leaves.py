@@ -4,6 +4,7 @@ error messages."""
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import field, fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -132,13 +133,18 @@ class Leaf(NamedTuple):
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
     """Yield all fields of a tree of dataclasses under their dotted keys, in order of definition."""
-    types = get_type_hints(type(tree))
+    types = _types(type(tree))
     for entry in fields(tree):
         key, value = prefix + entry.name, getattr(tree, entry.name)
         if is_dataclass(value):
             yield from leaves(value, key + ".")
         else:
             yield Leaf(key, types[entry.name], value, **entry.metadata)
+
+
+@cache
+def _types(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
 
 
 def key_of(override: str) -> str:
