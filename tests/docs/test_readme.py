@@ -72,7 +72,10 @@ SHORT = {
         ]
         for name in ("longcat", "instella")
     },
-    "make evaluate": ["make", "evaluate", "ARGS=--stride 256 --text docs/concepts.md"],
+    "make evaluate": ["make", "evaluate", "ARGS=--stride 256 --text docs/tour.md"],
+    'make advise CONFIG=gpt2_moe_medium ARGS="cluster=2x8xA100"': [
+        *("make", "advise", "CONFIG=gpt2_moe_medium", "ARGS=cluster=2x8xA100 model.layers=4")
+    ],
     COUNTED: shlex.split(COUNTED.removesuffix('"') + ' model.layers=2"'),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *(

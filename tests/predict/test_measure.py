@@ -1,7 +1,6 @@
 """A measured profile is that of its slowest rank; what cannot be measured is refused in one line.
 None of it needs a card (tests/predict/test_measure_ranks.py measures this machine)."""
 
-import os
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +14,7 @@ from scmoe.predict.cluster_rates import Groups
 from scmoe.predict.judged_job import Request
 from scmoe.predict.measure import COPIED, HOST_SIZES, LARGE, SMALL, RankTimes, profile_of
 from tests.support.advised import counted_on
+from tests.support.ended import end_at_once
 
 # a card without links
 CARD = RankTimes(product=1e-3, copy=4e-4, launches=4e-4)
@@ -98,10 +98,6 @@ def test_cards_that_cannot_exchange_are_refused_before_a_process_starts(monkeypa
         measure.measure()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert measure.ranks_here() == (True, 1)
-
-
-def end_at_once(*_):
-    os._exit(3)
 
 
 def test_a_rank_that_ends_without_a_result_ends_the_measurement_in_one_line(monkeypatch):

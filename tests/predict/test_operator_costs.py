@@ -25,6 +25,16 @@ def counted():
     return quickstart_on_cards()
 
 
+@pytest.fixture(scope="module")
+def swin():
+    """SwinV2, whose stage 4 routes two copies, whatever stage 3 does."""
+    pytest.importorskip("timm")
+    profile = read_profile("8xH100")
+    words = ["moe.capacity_factor=null", "model.layers=2"]  # of stage 3
+    request = Request("swinv2_moe_s_tiny", words, samples=512)
+    return profile, *counted_on(profile, request)
+
+
 def test_products_are_those_of_a_gpts_closed_form(counted):
     """2 of each weight and row, and 2 S D of a token's causal attention; a capacity of 2 pads."""
     _, job, models = counted
@@ -47,16 +57,18 @@ def test_products_of_a_llama_are_those_of_the_estimate(words):
     assert_products_are_the_estimate_s(request, rel=1e-6)
 
 
-def test_products_of_a_swin_are_those_of_the_estimate():
+def test_products_of_a_swin_are_those_of_the_estimate(swin):
     """Beside its position bias, which is computed once a batch."""
-    pytest.importorskip("timm")
-    request = Request("swinv2_moe_s_tiny", ["moe.capacity_factor=null"], samples=512)
-    assert_products_are_the_estimate_s(request, rel=1e-3)
+    _, job, models = swin
+    assert_equal_the_estimate_s(job, models, rel=1e-3)
 
 
 def assert_products_are_the_estimate_s(request, rel):
+    assert_equal_the_estimate_s(*counted_on(read_profile("8xH100"), request), rel)
+
+
+def assert_equal_the_estimate_s(job, models, rel):
     """A causal attention is counted in full there, and half of it here."""
-    job, models = counted_on(read_profile("8xH100"), request)
     config = job.config
     seq_len = config.data.seq_len
     skipped = 0.0
@@ -259,15 +271,6 @@ def test_a_standard_model_gives_the_others_a_shared_expert_of_one_copy(every, ac
         more = models[name].dense_parameters - models["top4"].dense_parameters
         assert more == pytest.approx(blocks * expert, rel=0.05)  # and biases, norms
         assert models[name].flops == pytest.approx(models["top4"].flops, rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def swin():
-    """SwinV2, whose stage 4 routes two copies, whatever stage 3 does."""
-    pytest.importorskip("timm")
-    profile = read_profile("8xH100")
-    request = Request("swinv2_moe_s_tiny", ["moe.capacity_factor=null"], samples=8)
-    return profile, *counted_on(profile, request)
 
 
 def test_a_block_is_charged_for_the_copies_that_it_routes(swin):

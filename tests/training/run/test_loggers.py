@@ -21,6 +21,7 @@ import pytest
 
 from scmoe.training.run.directory import git
 from tests.support.commands import ROOT, environment
+from tests.support.forked import python
 from tests.support.wandb_server import KEY, WandbServer, wandb_server
 
 pytestmark = [pytest.mark.smoke, pytest.mark.ranks, pytest.mark.timeout(600)]
@@ -38,16 +39,6 @@ def client(server: WandbServer) -> Iterator[None]:
     os.environ |= server.variables
     yield
     wandb.teardown()
-
-
-def run_to_its_end(log: Path, cwd: Path, env: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """Run Python, and return its exit code and its output. That is a file, as W&B's own processes
-    may keep a pipe open after their parent has ended."""
-    with log.open("wb") as file:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=cwd, env=env, stdout=file, stderr=file
-        )
-    return done.returncode, log.read_text()
 
 
 def scenario(folder: Path) -> None:
@@ -97,9 +88,14 @@ def scenario(folder: Path) -> None:
         return said.getvalue()
 
     def command(server: WandbServer, *words: str) -> tuple[int, str]:
-        return run_to_its_end(
-            folder / "command.log", folder, {**os.environ, **server.variables}, "-m", *words
-        )
+        """Return the exit code and the output. That is a file, as W&B's own processes may keep a
+        pipe open after their parent has ended."""
+        log, env = folder / "command.log", {**os.environ, **server.variables}
+        with log.open("wb") as file:
+            done = subprocess.run(
+                [sys.executable, "-m", *words], cwd=folder, env=env, stdout=file, stderr=file
+            )
+        return done.returncode, log.read_text()
 
     with wandb_server() as server:
         training(server, "online", "logger.mode=auto")
@@ -189,11 +185,10 @@ def scenario(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("wire")
-    code = (
-        "from pathlib import Path; from tests.training.run.test_loggers import scenario;"
-        f" scenario(Path({str(folder)!r}))"
+    ended, *said = python(
+        *("-m", __name__, str(folder)), cwd=ROOT, env=environment(), timeout_s=LONGEST_S + 60
     )
-    ended, said = run_to_its_end(folder / "scenario.log", ROOT, environment(), "-c", code)
+    (folder / "scenario.log").write_text("".join(said))
     assert ended == 0, said
     assert not [
         path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()
@@ -380,3 +375,7 @@ def test_the_command_of_the_warning_uploads_every_row_once(reports):
 def test_a_server_that_is_broken_from_the_start_causes_one_warning(answer, reports):
     (warning,) = warnings(reports[f"{answer} from the start"])
     assert "goes offline" in warning
+
+
+if __name__ == "__main__":
+    scenario(Path(sys.argv[1]))
