@@ -7,6 +7,7 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.installed
 # One thread a process. Three test files run in parallel on two cores, since tests also wait: for links, servers, timeouts.
+# Quick tests do not wait, so they have two workers: each takes seven seconds to import and to find the tests.
 # A run ends when a worker dies: pytest-xdist would wait forever for the one that replaces it.
 # Compiled modules are kept, or every rank and every program would compile the library and its tests again.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
@@ -151,7 +152,7 @@ test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)
 
 test-fast: $(READY)  ## run the quick tests of the model, its schedules, config and training, in about a minute
-	@$(PYTEST) -m "$(QUICK)" $(ELSEWHERE:%=--ignore=tests/%) $(ARGS)
+	@$(PYTEST) -n 2 -m "$(QUICK)" $(ELSEWHERE:%=--ignore=tests/%) $(ARGS)
 
 test-dist: $(READY)  ## seldom: run the tests that start several processes
 	@$(PYTEST) -m ranks $(ARGS)

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    import tests.support.begin_imports  # noqa: F401
+    import tests.support.begin_imports
 
     try:
         return (yield)

@@ -47,7 +47,7 @@ def test_evaluation_and_prediction(kind, with_balance, tmp_path):
     assert predicted.metrics["test_loss"] == pytest.approx(expected.loss.item())
 
 
-@pytest.mark.parametrize("kind", ["gpt", "shared"])
+@pytest.mark.parametrize("kind", ["gpt", pytest.param("shared", marks=pytest.mark.faults)])
 def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
     """The best is defined as that with the higher loss, which is the first."""
     each_step = {
@@ -94,7 +94,13 @@ def sft(model: Any, folder: Any, peft_config: Any = None, **how: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "packing"),
-    [("gpt", False), ("gpt", True), ("latent", True), ("farskip", False), ("mixtral", True)],
+    [
+        ("gpt", False),
+        ("latent", True),
+        ("mixtral", True),
+        pytest.param("gpt", True, marks=pytest.mark.faults),
+        pytest.param("farskip", False, marks=pytest.mark.faults),
+    ],
 )
 def test_supervised_fine_tuning(kind, packing, tmp_path):
     """Its fused output product gives the model's own loss, packed or padded."""
@@ -119,7 +125,7 @@ def nats_of(model: Any, running: Any, text: str) -> tuple[torch.Tensor, int]:
     return model(tokens, labels=tokens, use_cache=False).loss * counted, counted
 
 
-@pytest.mark.parametrize("kind", ["gpt", "latent"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt", marks=pytest.mark.faults), "latent"])
 def test_adapters_packing_and_recomputing_together(kind, tmp_path):
     """The load-balance loss reaches the gate's adapters, and nothing else changes."""
     peft = pytest.importorskip("peft", reason="peft is not installed (extra `peers`)")

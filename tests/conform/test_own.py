@@ -49,10 +49,7 @@ def unasked(pools, source, places):
 
 @pytest.mark.parametrize(
     "layer",
-    [
-        pytest.param(layer, marks=() if layer in QUICK else pytest.mark.faults)
-        for layer in OF_PLAIN
-    ],
+    [pytest.param(layer, marks=() if layer in QUICK else pytest.mark.faults) for layer in OF_PLAIN],
 )
 def test_in_plain_torch(layer, pools):
     assert unasked(pools, f"{EXAMPLES / 'own.py'}:{layer}", ("2",)) == OF_PLAIN[layer]

@@ -6,6 +6,8 @@ order, over at most a few thousand terms of rounding error 1e-16 each. A wrong t
 result by 1e-3 or more.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,14 +207,11 @@ SCHEDULED = {  # case: (words, last slot, slots before an attention)
 @pytest.mark.parametrize("case", SCHEDULED)
 def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capacity):
     text, last_slot, attentions = SCHEDULED[case]
+    config = config_of(text, f"moe.capacity_factor={capacity}")
 
     def outcome(slot: int, chunks: int, inside: bool = False) -> dict[str, torch.Tensor]:
-        schedule = (
-            f"schedule.slot={slot}",
-            f"schedule.chunks={chunks}",
-            f"schedule.inside_attention={inside}",
-        )
-        values, grads, _, _ = run(config_of(text, f"moe.capacity_factor={capacity}", *schedule))
+        schedule = replace(config.schedule, slot=slot, chunks=chunks, inside_attention=inside)
+        values, grads, _, _ = run(replace(config, schedule=schedule))
         return values | grads
 
     whole = outcome(0, 1)

@@ -53,7 +53,9 @@ def on_one(
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=() if name == QUICK else pytest.mark.faults) for name in SPLIT],
+    params=[
+        pytest.param(name, marks=() if name == QUICK else pytest.mark.faults) for name in SPLIT
+    ],
 )
 def router(request) -> str:
     return request.param

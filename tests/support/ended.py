@@ -1,4 +1,4 @@
-"""A rank that ends before it has done anything. A process that is started anew imports only this."""
+"""A rank that ends before it has done anything: of tests, its process imports only this module."""
 
 import os
 from typing import Any

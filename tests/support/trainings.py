@@ -7,7 +7,7 @@ scale of a gradient out again. `run_ranks` runs `train` and `train_cases` on eve
 import hashlib
 import os
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ TINY = (
 )
 
 
+@cache
 def tiny(text: str, world_size: int = 1) -> Config:
     """Return the config of words such as `moe.top_k=2`; `moe.` may be left out."""
     return load_config(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])

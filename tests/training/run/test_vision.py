@@ -15,6 +15,7 @@ from tests.support.commands import (
 pytestmark = [pytest.mark.smoke, pytest.mark.ranks]
 
 SHORT = (
+    "model.layers=2",
     "trainer.max_steps=4",
     "trainer.val_every=2",
     "trainer.checkpoint_every=2",
