@@ -133,7 +133,7 @@ class Leaf(NamedTuple):
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
     """Yield all fields of a tree of dataclasses under their dotted keys, in order of definition."""
-    types = _types(type(tree))
+    types = _types(type(tree))  # type: ignore[arg-type]  # a class can be hashed, mypy denies it
     for entry in fields(tree):
         key, value = prefix + entry.name, getattr(tree, entry.name)
         if is_dataclass(value):
