@@ -223,7 +223,7 @@ OVERLAP_OPTIONS = Group("Parameters", validator=refuse_contradictions)
 
 
 def pair_setting(config: Config, share: float, ranks: int, tokens: int) -> Setting:
-    """Return a pair of a configuration's sizes, on which the links' rate is searched.
+    """Return blocks of a configuration's sizes, on which the links' rate is searched.
 
     tokens: of one rank.
     """

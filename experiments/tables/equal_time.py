@@ -27,7 +27,7 @@ Report = Mapping[str, Any]  # of `bench overlap`
 
 
 class Speed(NamedTuple):
-    """Of a row's training over that of sequential top-2: median and quartiles."""
+    """How many times as fast as sequential top-2 a row trains: median and quartiles."""
 
     median: float
     low: float
@@ -82,16 +82,9 @@ def _at_speeds(
     fastest = max(medians.values(), default=1.0)
     steps, losses = losses_at(done, medians, fastest)
     minus = differences(table.rows, losses)
-    baselines = {row.name: row.baseline for row in table.rows}
-    for name, difference in minus.items():
-        row, baseline = speeds[name], speeds[baselines[name]]
-        bounds = []
-        for row_speed, its_baseline in ((row.low, baseline.high), (row.high, baseline.low)):
-            changed = medians | {name: row_speed, baselines[name]: its_baseline}
-            other = differences(table.rows, losses_at(done, changed, fastest)[1])[name]
-            bounds += [other["low"], other["high"]]
-        known = [bound for bound in bounds if bound is not None]
-        difference["with_speeds"] = [min(known), max(known)] if known else None
+    if any(speed != EQUAL for speed in speeds.values()):
+        for name, difference in minus.items():
+            difference["with_speeds"] = interval_with_speeds(table, done, speeds, name)
     return {
         name: {
             "speed": medians[name],
@@ -103,6 +96,26 @@ def _at_speeds(
     }
 
 
+def interval_with_speeds(
+    table: PaperTable, done: Sequence[Run], speeds: Mapping[str, Speed], name: str
+) -> list[float] | None:
+    """Return the interval of a row's difference that holds those with the row's and its baseline's
+    speed at opposite quartiles; None: too few seeds for one."""
+    (baseline,) = (row.baseline for row in table.rows if row.name == name)
+    medians = {each: speed.median for each, speed in speeds.items()}
+    bounds = []
+    for row_speed, its_baseline in (
+        (speeds[name].low, speeds[baseline].high),
+        (speeds[name].high, speeds[baseline].low),
+    ):
+        changed = medians | {name: row_speed, baseline: its_baseline}
+        losses = losses_at(done, changed, max(changed.values()))[1]
+        other = differences(table.rows, losses)[name]
+        bounds += [other["low"], other["high"]]
+    known = [bound for bound in bounds if bound is not None]
+    return [min(known), max(known)] if known else None
+
+
 def losses_at(
     done: Sequence[Run], speeds: Mapping[str, float], fastest: float
 ) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
@@ -112,7 +125,7 @@ def losses_at(
     steps = {name: 0.0 for name in speeds}
     for run in done:
         if (name := run.row.name) in speeds:
-            steps[name] = step_reached(max_steps(run.config), min(speeds[name], fastest), fastest)
+            steps[name] = step_reached(max_steps(run.config), speeds[name], fastest)
             loss = loss_at(run.state.results["curve"], steps[name])
             if loss is not None:
                 losses[name][run.seed] = loss

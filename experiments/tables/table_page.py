@@ -257,7 +257,7 @@ def _equal_time(results: Results) -> list[str]:
         text = "-" if loss["mean"] is None else f"{loss['mean']:.4f} [{row['step']:,}]"
         if minus and minus["mean"] is not None:
             text += f" {minus['mean']:+.4f}, p {_p(minus)}"
-            if (spread := minus.get("with_speeds")) and row["speed"] != 1:
+            if spread := minus.get("with_speeds"):
                 text += f", {spread[0]:+.4f} to {spread[1]:+.4f}"
         return text
 

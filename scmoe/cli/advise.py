@@ -180,7 +180,7 @@ class AskedAdvice:
     def scales(self, job: "Job", models: Sequence[Any]) -> "list[Slowdown]":
         """Return what a measurement says; without one, that the profile's values are right."""
         from scmoe.predict.advised_rows import Simulator, Slowdown
-        from scmoe.predict.measured_times import known_choice, scale_of_file, scales_of_step
+        from scmoe.predict.measured_times import known_choice, slowdown_of_file, slowdowns_of_step
 
         if not (self.measured_s or self.named["measured"]):
             return [Slowdown()]
@@ -188,7 +188,7 @@ class AskedAdvice:
         node = self.profile.ranks_per_node
         if self.measured_s:
             model, choice = known_choice(models, job, node)
-            scales = scales_of_step(simulator, model, choice, self.measured_s)
+            scales = slowdowns_of_step(simulator, model, choice, self.measured_s)
             # no machine is faster than its datasheet
             possible = [
                 scale
@@ -196,7 +196,7 @@ class AskedAdvice:
                 if all(share <= 1 for share in implied_by(scale, self.profile).values())
             ]
             return possible or scales
-        return [scale_of_file(Path(self.named["measured"]), simulator, models, node)]
+        return [slowdown_of_file(Path(self.named["measured"]), simulator, models, node)]
 
 
 def profile_of(name: str, words: list[str]) -> "Profile":

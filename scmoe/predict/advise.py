@@ -162,6 +162,15 @@ def interval(slower: AdvisedRow, faster: AdvisedRow, errors: Errors) -> tuple[fl
     return value * math.exp(-width), value * math.exp(width)
 
 
+def in_words(batches: InFlight) -> str:
+    """Return how a standard model that hides its transfers runs."""
+    if batches is InFlight.ONE:
+        return "in chunks"
+    if batches is InFlight.HALVES:
+        return "with the halves of a batch in flight (schedule.batches_in_flight=2)"
+    return "with two whole batches in flight, which Megatron-Core has and scmoe has not"
+
+
 def what_to_do(
     rows: Mapping[str, AdvisedRow],
     verdict: Mapping[str, VerdictStep],
@@ -177,16 +186,18 @@ def what_to_do(
         )
     first = rows[standard]
     chosen = standard
-    for step in verdict.values():
-        if step.answer == "pays":
+    paying = []
+    for name, step in verdict.items():
+        if step.answer == "pays" and rows[step.row].total < rows[chosen].total:
             chosen = step.row
+            paying.append(name)
     ep_size = rows[chosen].choice.ep_size
     inside = ep_size <= profile.ranks_per_node < job.sizes.ranks
     where = f"Keep EP {ep_size} in the node" if inside else f"Use EP {ep_size}"
     if ep_size == 1:
         where = "Keep all experts on each rank (EP 1)" if len(job.ep_sizes) > 1 else "EP is 1"
     steps = {name: step.answer for name, step in verdict.items()}
-    if "pays" not in steps.values():
+    if not paying:
         if "within the error" in steps.values() and first.waits >= LITTLE:
             return (
                 f"{where} and measure a step: ranks wait for rows in {first.waits:.0%} of it by"
@@ -196,13 +207,11 @@ def what_to_do(
         because = "so little is to gain" if first.waits < LITTLE else "but no way hides it"
         return f"{where}: ranks wait for rows in {first.waits:.0%} of a step, {because}."
     advice = []
-    if steps["two_batches"] == "pays":
+    if "two_batches" in paying:
         row = rows[verdict["two_batches"].row]
-        in_chunks = row.choice.batches is InFlight.ONE
-        way = "in chunks" if in_chunks else "with two batches in flight"
-        advice.append(f"run the standard model {way}, which needs no other model")
-    if steps["shared_expert"] == "pays":
+        advice.append(f"run the standard model {in_words(row.choice.batches)}")
+    if "shared_expert" in paying:
         advice.append("replace one routed copy by a shared expert, if its quality is as good")
-    if steps["shortcut"] == "pays":
+    if "shortcut" in paying:
         advice.append(f"take the shortcut {verdict['shortcut'].row}")
     return f"{where}; {'; '.join(advice)}."

@@ -19,6 +19,7 @@ from scmoe.predict.cluster_rates import Machine
 from scmoe.predict.compared_models import Model
 from scmoe.predict.judged_job import Job
 from scmoe.predict.row_names import PIPELINED, TWO
+from scmoe.predict.shared_link import Sum
 from scmoe.predict.simulated_step import (
     Block,
     Head,
@@ -171,9 +172,14 @@ class Simulator:
             blocks, head = blocks_on(self.machine, model.costs, self.job.at(ep_size))
             unique = {id(block): scaled_block(block, self.scale) for block in blocks}
             by = self.scale.computing
-            head = replace(head, forward=by * head.forward, backward=by * head.backward)
+            sums = [slower(each, self.scale) for each in head.sums]
+            head = Head(by * head.forward, by * head.backward, sums)
             self.timed[key] = [unique[id(block)] for block in blocks], head
         return self.timed[key]
+
+
+def slower(each: Sum, scale: Slowdown) -> Sum:
+    return each._replace(seconds=scale.transfers * each.seconds)
 
 
 def scaled_block(block: Block, scale: Slowdown) -> Block:
@@ -194,7 +200,7 @@ def scaled_block(block: Block, scale: Slowdown) -> Block:
         times=scaled(block.times),
         fixed=scaled(block.fixed),
         least=scaled(block.least),
-        sums=[each._replace(seconds=scale.transfers * each.seconds) for each in block.sums],
+        sums=[slower(each, scale) for each in block.sums],
         gathers=scale.transfers * block.gathers,
     )
 

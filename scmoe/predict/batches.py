@@ -44,7 +44,9 @@ class InFlight(Enum):
     @property
     def in_words(self) -> str:
         """The end of a label; nothing for one batch."""
-        return {"ONE": "", "HALVES": ", 2 halves", "WHOLE": ", 2 batches"}[self.name]
+        if self is InFlight.ONE:
+            return ""
+        return ", 2 halves" if self is InFlight.HALVES else ", 2 batches"
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> "InFlight":

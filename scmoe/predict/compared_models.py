@@ -33,6 +33,7 @@ from scmoe.predict.cluster import Profile
 from scmoe.predict.costs import make_batch
 from scmoe.predict.judged_job import Job, Request, job_in_batches, requests_of
 from scmoe.predict.operator_costs import Costs, count
+from scmoe.predict.timed_blocks import JobSizes
 from scmoe.schedule.play import Load as PlayedLoad
 from scmoe.schedule.play import shares
 from scmoe.schedule.schedule import Schedule
@@ -88,9 +89,9 @@ def models_for(job: Job, profile: Profile, load: str, top1: bool = False) -> lis
     config = job.config
     routing = load_of(load)
     shared_dim = shared_width(config)
-    stages = job.sizes.stages
+    sizes = job.sizes
     return [
-        counted_model(name, replace(config, moe=moe), profile, routing, shared_dim, stages)
+        counted_model(name, replace(config, moe=moe), profile, routing, shared_dim, sizes)
         for name, moe in architectures(config.moe, ffn_dim_of(config))
         if name != "top1" or top1
     ]
@@ -149,10 +150,15 @@ def shared_width(config: Config) -> int | None:
 
 
 def counted_model(
-    name: str, config: Config, profile: Profile, routing: Load, shared_dim: int | None, stages: int
+    name: str,
+    config: Config,
+    profile: Profile,
+    routing: Load,
+    shared_dim: int | None,
+    sizes: JobSizes,
 ) -> Model:
     """Return the architecture of a config, counted. shared_dim: hidden width of its shared experts,
-    if it is not the config's. stages: of the pipeline of which the config is one."""
+    if it is not the config's. sizes: of the pipeline of which the config is a stage."""
     moe = config.moe
     usual = replace(config, schedule=type(config.schedule)())
     training = rank_job(usual)
@@ -183,8 +189,9 @@ def counted_model(
         return of_architecture(ep_size, chunks, batches.number, samples, busiest_rows)
 
     by_kind = forward_flops(full_model, training.seq_len, empty_slots=False)
-    by_kind["head"] = by_kind.get("head", 0.0) / stages  # one stage of a pipeline has it
-    flops = sum(by_kind.values())
+    head = by_kind.pop("head", 0.0)
+    # of a stage on average: the last one has the head, and may lack layers
+    flops = head / sizes.stages + sum(by_kind.values()) * (1 - sizes.missing / sizes.stages)
     return Model(name, costs, names[moe.architecture], flops, memory, loads)
 
 

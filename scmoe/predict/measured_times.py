@@ -4,7 +4,8 @@ advised_rows.Slowdown.
 measured_step_ms   seconds of a step of a known row. One number cannot say what was slow, so both
                    answers are kept: all of the difference is computing, or all of it is transfers
 plan.json          of a run (planning/plan_file.py): the operators of each block, measured alone
-a bench's report   of `scmoe bench overlap` at the job's sizes: the operators of sequential top-2
+a bench's report   of `scmoe bench overlap` at the job's sizes, on links of a given rate: the
+                   operators of sequential top-2
 a trace            of torch's profiler, with the kernels of cards: those of all-to-all, and those
                    that compute; both in a step. A transfer's kernel also waits for other ranks
 """
@@ -45,10 +46,10 @@ def known_choice(models: Sequence[Model], job: Job, ranks_per_node: int) -> tupl
     return model, Choice(ep_size, model.schedule, sequential=model is models[0])
 
 
-def scales_of_step(
+def slowdowns_of_step(
     simulator: Simulator, model: Model, choice: Choice, seconds: float
 ) -> list[Slowdown]:
-    """Return the scales with which a row's step takes these seconds: of computing alone, of
+    """Return the slowdowns with which a row's step takes these seconds: of computing alone, of
     transfers alone. ConfigError: neither can explain it."""
 
     def total(scale: Slowdown) -> float:
@@ -85,11 +86,11 @@ def solve(f: Callable[[float], float], wanted: float) -> float | None:
     return (low * high) ** 0.5
 
 
-def scale_of_file(
+def slowdown_of_file(
     path: Path, simulator: Simulator, models: Sequence[Model], ranks_per_node: int
 ) -> Slowdown:
-    """Return the scale that a file says. models: the standard one first. ConfigError: it is neither
-    a plan, nor a bench's report, nor a trace of cards."""
+    """Return the slowdown that a file says. models: the standard one first. ConfigError: it is
+    neither a plan, nor a bench's report, nor a trace of cards."""
     content = parse(path)
     if REPORT in content:
         return slowdown_of_report(content, path, simulator, models[0])
@@ -181,37 +182,56 @@ def slowdown_of_report(
 ) -> Slowdown:
     """Return the measured seconds of the operators of a report's sequential top-2 over the
     predicted ones of a block of the standard model."""
-    config = simulator.job.config
-    mlp = config.model.ffn_dim or 4 * config.model.dim
-    job = {
-        "row": standard.name,
-        "every": config.moe.every,
-        "dim": config.model.dim,
-        "heads": config.model.heads,
-        "ffn_dim": config.moe.ffn_dim or mlp,
-        "num_experts": config.moe.num_experts,
-        "tokens": simulator.job.samples * config.data.seq_len,
-        "seq_len": config.data.seq_len,
-        "compute": "real",
-    }
-    calibration = report[REPORT]
-    bench = {"row": "top2", "every": 2, "compute": "real", **report, **calibration["sizes"]}
-    differing = [name for name in job if bench.get(name) != job[name]]
+    job = simulator.job
+    bench = report.get("setting")
+    if bench is None:
+        raise ConfigError(f"measured is {path}, which has no setting. Measure again: scmoe bench")
+    if bench["link_mbit"] is None:
+        raise ConfigError(
+            f"measured is {path}, whose links have a rate that was searched for a share. Measure"
+            " with --link-mbit, the rate of your network."
+        )
+    usual = {**bench, "row": "top2", "blocks": "gpt", "layout": bench["layout"] or "capacity:1"}
+    of_job = sizes_as_benched(job, standard)
+    differing = [name for name, value in of_job.items() if usual[name] != value]
     if differing:
-        of_bench = ", ".join(f"{name}={bench.get(name)}" for name in differing)
-        of_job = ", ".join(f"{name}={job[name]}" for name in differing)
+        benched = ", ".join(f"{name}={usual[name]}" for name in differing)
+        asked = ", ".join(f"{name}={of_job[name]}" for name in differing)
         raise ConfigError(
-            f"measured is {path}, a bench of {of_bench}, but the job has {of_job}. Measure the"
-            " job's own sizes."
+            f"measured is {path}, a bench of {benched}, but the job has {asked}. Measure the job's"
+            " own sizes."
         )
-    ep_size = report["ranks"]
-    if ep_size not in simulator.job.ep_sizes:
+    if bench["ranks"] == 1 or bench["ranks"] not in job.ep_sizes:
+        several = [str(size) for size in job.ep_sizes if size > 1]
         raise ConfigError(
-            f"measured is {path}, a bench of {ep_size} ranks, allowed:"
-            f" {' | '.join(map(str, simulator.job.ep_sizes))}, the EP that are tried"
+            f"measured is {path}, a bench of ranks={bench['ranks']}, allowed:"
+            f" {' | '.join(several)}, the EP that are tried"
         )
-    blocks, _ = simulator.blocks(standard, ep_size)
-    return slowdown([(times_in_report(calibration["operators_ms"]), blocks[0].times)])
+    blocks, _ = simulator.blocks(standard, bench["ranks"])
+    times = times_in_report(report[REPORT]["operators_ms"])
+    return slowdown([(times, blocks[0].times)])
+
+
+def sizes_as_benched(job: Job, standard: Model) -> dict[str, Any]:
+    """Return what a bench's setting must say to have measured the job's operators. It has blocks of
+    gpt as they are by default."""
+    model, moe = job.config.model, job.config.moe
+    plain = (model.family, model.activation or "gelu", model.attention) == ("gpt", "gelu", "full")
+    factor = moe.capacity_factor
+    return {
+        "row": standard.name,
+        "blocks": "gpt" if plain and model.kv_heads is None else "others than gpt's own",
+        "compute": "real",
+        "dtype": "float32" if job.config.trainer.precision == "32-true" else "bfloat16",
+        "layout": "dropless" if factor is None else f"capacity:{factor:g}",
+        "every": moe.every,
+        "dim": model.dim,
+        "heads": model.heads,
+        "ffn_dim": moe.ffn_dim or model.ffn_dim or 4 * model.dim,
+        "num_experts": moe.num_experts,
+        "tokens": job.samples * job.config.data.seq_len,
+        "seq_len": job.config.data.seq_len,
+    }
 
 
 def times_in_report(operators_ms: Mapping[str, Mapping[str, float]]) -> OperatorTimes:

@@ -84,7 +84,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Head:
-    """What is computed after the last block with an MoE, in seconds for all rows of one batch."""
+    """What is computed after the last block with an MoE, in seconds for all rows of one batch. Of a
+    pipeline: what makes its last stage longer than the others."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -207,8 +208,8 @@ def simulate_step(
     else:
         passes = [*batches * [forward], *(batches - 1) * [backward], last]
     hidden_sums = sum(each.sums - each.exposed_sums for each in passes)
-    alone = forward.elapsed + backward.elapsed
-    waited_for = (setting.stages - 1) / setting.virtual_stages * alone
+    of_other_stages = forward.elapsed + backward.elapsed - head.forward - head.backward
+    waited_for = (setting.stages - 1) / setting.virtual_stages * of_other_stages
     return StepTime(
         computing=sum(each.computing for each in passes),
         exposed_rows=sum(each.exposed for each in passes),

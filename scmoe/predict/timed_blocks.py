@@ -58,8 +58,8 @@ class JobSizes(NamedTuple):
     dense weight. once_a_node: of a token's copies one row for each node travels between nodes
     (cluster_rates.py). split: dense weights are split over all ranks. transfers_again: what is
     computed again dispatches again. stages, virtual_stages: of the pipeline, and of each
-    of them; the model is a stage, with the head. missing: the part of a stage that the last one,
-    which has the head, has not.
+    of them; the model is a stage, with the head. missing: the share of a stage's layers that the
+    last stage, which has the head, lacks.
     """
 
     ranks: int
@@ -77,7 +77,7 @@ class JobSizes(NamedTuple):
 
     @property
     def hand_overs(self) -> int:
-        """Of a batch, from this stage to the next one."""
+        """Return how often a batch is handed over to the next stage."""
         return self.virtual_stages if self.stages > 1 else 0
 
     @property
@@ -106,8 +106,8 @@ def blocks_on(machine: Machine, costs: Costs, sizes: JobSizes) -> tuple[list[Blo
     they were counted."""
     timing = _Timing(machine, costs, sizes)
     blocks = {layer: timing.block(layer) for layer in costs.layers}
-    stage = [blocks[layer] for layer in costs.layers]
-    return stage, timing.head(stage)
+    first, *others = (blocks[layer] for layer in costs.layers)
+    return [timing.with_hand_over(first), *others], timing.head([first, *others])
 
 
 def at_schedule(blocks: Sequence[Block], wanted: Schedule) -> list[Block]:
@@ -336,9 +336,8 @@ class _Timing(NamedTuple):
     def head(self, stage: Sequence[Block]) -> Head:
         """Return what follows the last block, with the loss: a pass over the logits in each
         direction reads and writes them. Of a pipeline, only what makes the last stage longer than
-        the others, and what the host adds between two stages."""
+        the others."""
         parts = self.costs.head
-        host = self.sizes.hand_overs * self.machine.fixed
         loss = (
             2
             * self.costs.logits_bytes
@@ -355,4 +354,13 @@ class _Timing(NamedTuple):
         ]
         forward += loss - self.sizes.missing * sum(computing_s(b.times.forward) for b in stage)
         backward += loss - self.sizes.missing * sum(computing_s(b.times.backward) for b in stage)
-        return Head(max(0.0, forward) + host / 3, max(0.0, backward) + host * 2 / 3, sums)
+        return Head(max(0.0, forward), max(0.0, backward), sums)
+
+    def with_hand_over(self, first: Block) -> Block:
+        """Return a stage's first block with what the host adds where a batch is handed over."""
+        host = self.sizes.hand_overs * self.machine.fixed / 3
+        if not host:
+            return first
+        forward = {**first.times.forward, BEFORE: first.times.forward[BEFORE] + host}
+        backward = {**first.times.backward, BEFORE: first.times.backward[BEFORE] + BACKWARD * host}
+        return replace(first, times=OperatorTimes(forward, backward))

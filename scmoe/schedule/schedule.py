@@ -26,8 +26,8 @@ With an MoE in every block, the tap of Pos-2 lies in the preceding block, which 
 from dataclasses import dataclass
 from functools import cached_property
 
-# sub-layers of a pair, in order; a block with an MoE in every block has the first, and one in every
-# fourth block has two more of the first two, each before the pair
+# sub-layers of a pair, in order. With an MoE in every block a block has the first of them. With one
+# in every fourth block, attention and MLP come twice more before the pair
 SUBLAYERS = ("attention", "mlp", "attention")
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
 BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block

@@ -1,18 +1,21 @@
 """The advice answers as it must where the answer is known, and refuses what it cannot answer."""
 
 import json
-from dataclasses import astuple, replace
+import re
+from dataclasses import asdict, astuple, replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from experiments.bench.overlap.speedups import operators_ms
+from experiments.bench.setting import Setting
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.loads import Sizes, load_of
 from scmoe.parallel.dense.memory import rank_memory
 from scmoe.predict import measure
-from scmoe.predict.advise import WORTH, advise
+from scmoe.predict.advise import WORTH, Errors, advise, verdict_of, what_to_do
 from scmoe.predict.advised_rows import Choice, Simulator, Slowdown, best_rows
 from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import overridden, read_profile
@@ -21,10 +24,13 @@ from scmoe.predict.judged_job import Request, job_in_batches
 from scmoe.predict.measure import RankTimes
 from scmoe.predict.measured_times import (
     known_choice,
-    scale_of_file,
-    scales_of_step,
     seconds_of_trace,
+    sizes_as_benched,
+    slowdown_of_file,
+    slowdowns_of_step,
 )
+from scmoe.schedule.cost import OperatorTimes
+from scmoe.schedule.play import TRANSFERS
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
@@ -66,7 +72,7 @@ def test_hiding_rows_that_take_much_time_pays_once_a_measurement_says_so(counted
     assert [step.answer for step in steps] == ["within the error", "pays"]
     for step in steps:
         assert step.interval[0] < step.value < step.interval[1] and step.value > 1.1
-    assert "run the standard model with two batches in flight" in sure.to_do
+    assert "run the standard model with the halves of a batch in flight" in sure.to_do
 
 
 def test_the_steps_of_a_verdict_are_over_each_other(counted):
@@ -290,7 +296,7 @@ def test_a_measured_step_says_what_was_slow_in_two_ways(counted):
     model, choice = known_choice([*models.values()], job, 8)
     assert (model.name, choice.ep_size) == ("scmoe_pos2", 8)
     usual = simulator.step(model, choice).total
-    computing, transfers = scales_of_step(simulator, model, choice, 3 * usual)
+    computing, transfers = slowdowns_of_step(simulator, model, choice, 3 * usual)
     assert computing.transfers == 1 and computing.computing > 2
     assert transfers.computing == 1 and transfers.transfers > 3
     for scale in (computing, transfers):
@@ -305,7 +311,7 @@ def test_a_measured_step_says_what_was_slow_in_two_ways(counted):
     assert both.interval[0] == min(step.interval[0] for step in each)
     assert both.interval[1] == max(step.interval[1] for step in each)
     with pytest.raises(ConfigError, match="measured_step_ms"):
-        scales_of_step(simulator, model, choice, 1e-9)
+        slowdowns_of_step(simulator, model, choice, 1e-9)
 
 
 def trace(computing_us, transfers_us):
@@ -332,12 +338,12 @@ def test_a_trace_says_how_long_a_step_computes_and_exchanges(counted, tmp_path):
     simulator = Simulator(profile.machine(), job)
     model, choice = known_choice([*models.values()], job, 8)
     file.write_text(json.dumps(trace(4000, 500)), encoding="utf-8")
-    scale = scale_of_file(file, simulator, [*models.values()], 8)
+    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
     step = simulator.step(model, choice)
     assert scale.computing == pytest.approx(0.004 / (step.computing + step.update))
     file.write_text(json.dumps({"traceEvents": []}), encoding="utf-8")
     with pytest.raises(ConfigError, match="0 steps and 0 kernels"):
-        scale_of_file(file, simulator, [*models.values()], 8)
+        slowdown_of_file(file, simulator, [*models.values()], 8)
 
 
 def test_a_plan_says_how_long_its_operators_take(counted, tmp_path):
@@ -368,11 +374,11 @@ def test_a_plan_says_how_long_its_operators_take(counted, tmp_path):
     ]
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"layers": layers}), encoding="utf-8")
-    scale = scale_of_file(file, simulator, [*models.values()], 8)
+    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
     assert scale == pytest.approx(Slowdown(2.0, 3.0))
     file.write_text(json.dumps({"layers": layers[:1]}), encoding="utf-8")
     with pytest.raises(ConfigError, match="1 blocks are not those"):
-        scale_of_file(file, simulator, [*models.values()], 8)
+        slowdown_of_file(file, simulator, [*models.values()], 8)
 
 
 def test_a_bench_s_report_says_how_long_the_operators_of_top2_take(counted, tmp_path):
@@ -380,36 +386,50 @@ def test_a_bench_s_report_says_how_long_the_operators_of_top2_take(counted, tmp_
     profile, job, models = counted
     simulator = Simulator(profile.machine(), job)
     blocks, _ = simulator.blocks(models["top2"], 8)
-    times = blocks[0].times
-    forward, step = (
-        {
-            operator: 1e3 * (3 if operator in ("dispatch", "combine") else 2) * seconds
-            for operator, seconds in each.items()
-        }
-        for each in (times.forward, {op: t + times.backward[op] for op, t in times.forward.items()})
+    measured = OperatorTimes(
+        *(
+            {op: (3 if op in TRANSFERS else 2) * seconds for op, seconds in each.items()}
+            for each in (blocks[0].times.forward, blocks[0].times.backward)
+        )
     )
-    of_model = job.config.model
-    sizes = {
-        "dim": of_model.dim,
-        "ffn_dim": 4 * of_model.dim,
-        "heads": of_model.heads,
-        "num_experts": job.config.moe.num_experts,
-        "seq_len": job.config.data.seq_len,
-        "tokens": job.samples * job.config.data.seq_len,
-    }
-    report = {
-        "ranks": 8,
-        "compute": "real",
-        "calibration": {"sizes": sizes, "operators_ms": {"forward": forward, "train": step}},
-    }
+    of_job = sizes_as_benched(job, models["top2"])
+    sizes = {name: value for name, value in of_job.items() if name not in ("row", "blocks")}
+    setting = asdict(replace(Setting(None, link_mbit=200.0, ranks=8, compute="real"), **sizes))
     file = tmp_path / "report.json"
-    file.write_text(json.dumps(report), encoding="utf-8")
-    scale = scale_of_file(file, simulator, [*models.values()], 8)
-    assert scale == pytest.approx(Slowdown(2.0, 3.0))
-    report["calibration"]["sizes"]["tokens"] = 512
-    file.write_text(json.dumps(report), encoding="utf-8")
-    with pytest.raises(ConfigError, match="tokens=512, but the job has tokens=1024"):
-        scale_of_file(file, simulator, [*models.values()], 8)
+
+    def slowdown(**changed):
+        report = {
+            "setting": {**setting, **changed},
+            "calibration": {"operators_ms": operators_ms(measured)},
+        }
+        file.write_text(json.dumps(report), encoding="utf-8")
+        return slowdown_of_file(file, simulator, [*models.values()], 8)
+
+    assert slowdown() == pytest.approx(Slowdown(2.0, 3.0))
+    for changed, message in (
+        ({"tokens": 512}, "bench of tokens=512, but the job has tokens=1024"),
+        ({"layout": "dropless"}, "layout=dropless"),
+        ({"link_mbit": None}, "--link-mbit"),
+        ({"ranks": 1}, "allowed: 2 | 4 | 8"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            slowdown(**changed)
+
+
+def test_a_shortcut_that_beats_a_slow_shared_expert_alone_is_not_advised(counted):
+    profile, job, _ = counted
+    advice = answers(counted)
+    rows = {name: row for name, row in advice.rows.items() if not name.endswith("_two")}
+    slow = replace(rows["shared_expert"].step, other=10.0)
+    less_slow = replace(rows["scmoe_pos2"].step, other=5.0)
+    rows = {
+        "top2": rows["top2"],
+        "shared_expert": replace(rows["shared_expert"], step=slow),
+        "scmoe_pos2": replace(rows["scmoe_pos2"], step=less_slow),
+    }
+    verdict = verdict_of(rows, "top2", Errors(0.0, 0.06))
+    assert verdict["shortcut"].answer == "pays"
+    assert "shortcut" not in what_to_do(rows, verdict, "top2", profile, job)
 
 
 # ---------------------------------------------------------------------- the verb

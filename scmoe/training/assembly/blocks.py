@@ -125,7 +125,7 @@ def moe_blocks(
     block: type[MoEBlock], config: Config, wire: Wire, parts: Sequence[Parts]
 ) -> list[nn.Module]:
     """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1),
-    pairs of Block-MLP and Block-MoE (every=2), or three times Block-MLP and Block-MoE (every=4)."""
+    pairs of Block-MLP and Block-MoE (every=2), or three Block-MLPs and a Block-MoE (every=4)."""
     every, widths = config.moe.every, config.moe.leading_dense
     dense = Parts.farskip_dense_block if issubclass(block, FarSkipBlock) else Parts.dense_block
     leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
