@@ -18,6 +18,8 @@ PRELOADED[:] = [
     "tests.support.begin_imports",
     *PRELOADED,
     "scmoe.training.run.train",
+    "scmoe.cli.train",
+    "torch.distributed.algorithms.ddp_comm_hooks",
     "pytest",
     "tests.support.commands",
     "tests.support.resuming",

@@ -5,7 +5,7 @@ times: a fifth of the time of short tests.
 
 Lightning asks for the entry points of its callbacks at each Trainer, which reads a file of every
 installed package: a twentieth of a short training. Packages do not change during the tests, so they
-are read once in a process.
+are read once in a process. The defaults of a configuration are made once too, for all ranks.
 """
 
 import gc
@@ -13,6 +13,9 @@ from functools import cache
 
 from lightning.fabric.utilities import registry
 
+from scmoe.config.load import load
+
 registry.entry_points = cache(registry.entry_points)
+load()
 gc.freeze()
 gc.enable()
