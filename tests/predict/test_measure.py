@@ -1,5 +1,5 @@
 """A measured profile is that of its slowest rank; what cannot be measured is refused in one line.
-None of it needs a card (tests/predict/test_measure_ranks.py measures this machine)."""
+None of it needs a card."""
 
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from scmoe.config.leaves import ConfigError
 from scmoe.predict import measure
 from scmoe.predict.advise import advise
+from scmoe.predict.cluster import KEYS, NETWORK
 from scmoe.predict.cluster_rates import Groups
 from scmoe.predict.judged_job import Request
 from scmoe.predict.measure import COPIED, HOST_SIZES, LARGE, SMALL, RankTimes, profile_of
@@ -105,3 +106,19 @@ def test_a_rank_that_ends_without_a_result_ends_the_measurement_in_one_line(monk
     with pytest.raises(ConfigError, match="exit code 3") as error:
         measure.measured_by(1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.ranks
+@pytest.mark.faults  # it takes long, and a busy machine may be off the bounds
+def test_this_machine_is_measured():
+    profile = measure.measure()
+    assert profile.ranks == profile.ranks_per_node >= 1
+    assert {*profile.values} == {key for key in KEYS if not key.startswith(NETWORK)}
+    for key, value in profile.values.items():
+        assert KEYS[key].low <= value.value <= KEYS[key].high, key
+    measured = {key for key, value in profile.values.items() if value.source == "measured"}
+    assert {"peak_tflops", "memory_gb_s", "links.node.gb_s", "tax"} <= measured
+    assert profile.memory is not None and profile.memory > 1e8
+    machine = profile.machine()
+    small, large = (machine.all_to_all(nbytes, Groups(2, 2)) for nbytes in (2**16, 2**24))
+    assert 0 < small < large
