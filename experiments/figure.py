@@ -11,7 +11,7 @@ USUAL_OFFLOADING = OffloadSetting()
 
 
 def main(
-    number: Literal[0, 1, 4, 7, 8, 9, 10, 13],
+    number: Literal[0, 1, 4, 7, 8, 9, 10, 13, 22],
     /,
     *sources: str,
     out: Path | None = None,
@@ -27,19 +27,20 @@ def main(
     9   gating over training                          a run with analysis.gating_every
     10  similarity of representations (also 14, 15)   a run with analysis.similarity_every
     13  resident and offloaded experts                nothing: it is measured on this machine
+    22  gradient's norm by depth (Eq. 22, no figure)  nothing: five architectures are trained
     0   all pictures and pages of results             what is kept in docs/figures and docs/results
 
     PNG and PDF go to the folder `analysis` of the run, to that of the first report, or (0, 4, 7;
-    PNG) to docs/figures. 9 and 10 also write what they draw, as JSON. 13 goes to runs/fig13; its
-    JSON has the latency of each way. Its experts are in a file in the page cache, and its device is
-    the memory of this process.
+    PNG) to docs/figures. 9 and 10 also write what they draw, as JSON. 22 goes to runs/gradients. 13
+    goes to runs/fig13; its JSON has the latency of each way. Its experts are in a file in the page
+    cache, and its device is the memory of this process.
 
     Args:
         number: its number in the paper, or 0
         sources: what it is drawn from, as above
         out: folder of the files
     """
-    if number in (0, 13) and sources:
+    if number in (0, 13, 22) and sources:
         raise ConfigError(f"Picture {number} is drawn from no source. Leave {sources[0]!r} out")
     if number != 13 and offloading != USUAL_OFFLOADING:
         raise ConfigError(f"Fig. {number} has no option but --out. Leave the options of 13 out")
@@ -51,6 +52,17 @@ def main(
 
         measured = bench_offload(out or Path("runs/fig13"), offloading)
         print(json.dumps({"figure": 13, **measured}))
+        return
+    if number == 22:
+        from experiments.figures.gradients import measure_gradients
+
+        out = out or Path("runs/gradients")
+        measure_gradients(out)
+        print(
+            json.dumps(
+                {"figure": 22, "files": [f"{out}/gradients.{end}" for end in ("json", "png")]}
+            )
+        )
         return
     from docs.build.pages import write_pages
     from experiments.figures.measured import draw_figure

@@ -227,6 +227,9 @@ class AnalysisConfig:
     similarity_every: int | None = option(
         None, "optimizer steps between measurements of Fig. 10", COUNT
     )
+    gradients_every: int | None = option(
+        None, "optimizer steps between measurements of the gradient's norm by depth (Eq. 22)", COUNT
+    )
     record_routing: int | None = option(
         None,
         "optimizer steps between two whose expert ids are recorded in analysis/routing/",

@@ -54,7 +54,7 @@ def two_batches_in_training(config: Config) -> Refusals:
             ),
         )
     measured = config.analysis
-    for probe in ("gating_every", "similarity_every", "record_routing"):
+    for probe in ("gating_every", "similarity_every", "gradients_every", "record_routing"):
         if getattr(measured, probe) is not None:
             yield f"analysis.{probe}", f"null, as {KEY}=2 calls each module twice a batch"
 

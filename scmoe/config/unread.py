@@ -44,6 +44,7 @@ ONLY_FOR_IMAGES = (
     "data.label_smoothing",
 )
 OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
+BY_DEPTH = ("analysis.similarity_every", "analysis.gradients_every")
 OF_EXPERTS = (
     "moe.dropless_ceiling",
     "moe.rows",
@@ -99,8 +100,7 @@ def _unread_of_wiring(config: Config) -> Unread:
     if extension:
         yield f"{wiring} is an extension's, which the planner cannot price", ("schedule.auto",)
         yield f"{wiring} is an extension's, whose gates are not known", OF_GATES
-        similarity = ("analysis.similarity_every",)
-        yield f"{wiring} is an extension's, whose taps are not known", similarity
+        yield f"{wiring} is an extension's, whose taps are not known", BY_DEPTH
     if no_tap:
         yield f"{wiring} has no tap", ("moe.first_position", "moe.tap_norm")
     if no_tap and config.analysis.gating_every is None:  # Fig. 9 measures at the position
@@ -206,7 +206,7 @@ def _unread_of_training(config: Config) -> Unread:
     if trainer.limit_val_batches == 0:
         yield "trainer.limit_val_batches=0 validates nothing", ("trainer.early_stopping",)
     if trainer.compile:  # hooks that are added later to a compiled block do not run
-        probes = ("analysis.gating_every", "analysis.similarity_every")
+        probes = ("analysis.gating_every", *BY_DEPTH)
         yield "trainer.compile=true runs no hooks", probes
     if config.offload.way == "resident":
         yield "offload.way=resident fetches none", ("offload.slots", "offload.rate_mb_s")

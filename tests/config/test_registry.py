@@ -90,6 +90,7 @@ def test_a_registry_keeps_what_it_was_given():
             "offload.way=blocking",
             "analysis.gating_every=1",
             "analysis.similarity_every=1",
+            "analysis.gradients_every=1",
         ),
         "analysis.record_routing=1",
     ],

@@ -90,6 +90,7 @@ IMPOSSIBLE = [
     ("analysis.record_routing", "analysis.record_routing=0"),
     ("strategy.wire_dtype", "strategy.wire_dtype=bfloat16"),
     ("analysis.similarity_every", "trainer.compile=true analysis.similarity_every=5"),
+    ("analysis.gradients_every", "trainer.compile=true analysis.gradients_every=5"),
     ("schedule.slot", "schedule.slot=4"),
     ("schedule.slot", "schedule.slot=-1"),
     ("schedule.slot", "schedule.slot=3 moe.first_position=pos1"),
@@ -134,6 +135,10 @@ IMPOSSIBLE = [
     (
         "analysis.gating_every",
         "trainer.devices=2 schedule.batches_in_flight=2 analysis.gating_every=5",
+    ),
+    (
+        "analysis.gradients_every",
+        "trainer.devices=2 schedule.batches_in_flight=2 analysis.gradients_every=5",
     ),
     ("schedule.transfers", "schedule.transfers=sequential"),
     ("schedule.transfers", "trainer.devices=2 schedule.auto=true schedule.transfers=sequential"),

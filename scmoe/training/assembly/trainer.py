@@ -86,7 +86,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
 
 
 def measurements(config: Config, folder: Path | None) -> Iterator[Callback]:
-    """Yield the callbacks of Fig. 9, Fig. 10 and recorded routings, which few trainings have.
+    """Yield the callbacks of Fig. 9, Fig. 10, Eq. 22 and recorded routings, which few trainings
+    have.
 
     folder: where rank 0 writes.
     """
@@ -99,6 +100,10 @@ def measurements(config: Config, folder: Path | None) -> Iterator[Callback]:
         from scmoe.training.callbacks.analysis import SIMILARITY, Analysis
 
         yield Analysis(SIMILARITY, measured.similarity_every, folder)
+    if measured.gradients_every is not None:
+        from scmoe.training.callbacks.analysis import GRADIENTS, Analysis
+
+        yield Analysis(GRADIENTS, measured.gradients_every, folder)
     if measured.record_routing is not None:
         from scmoe.training.callbacks.record_routing import RecordRouting
 

@@ -1,7 +1,9 @@
-"""Measurements of representations over training: Fig. 9 and Fig. 10, kept in <run>/analysis/.
+"""Measurements of representations over training: Fig. 9, Fig. 10 and Eq. 22's gradients, kept in
+<run>/analysis/.
 
     gating.npz        steps [n], labels [L], values [n, L, 4]        gating.png
     similarity.npz    steps [n], labels [N], values [n, N, N]        similarity.png
+    gradients.npz     steps [n], labels [N], values [n, N, 1]        gradients.png
 
 Values are over the tokens of all ranks. A probe is attached for one batch at intervals, then
 removed. While the disk is full, values are kept in memory.
@@ -18,16 +20,22 @@ from lightning.pytorch import Callback, Trainer
 
 from scmoe.files import try_to_draw, try_to_write
 from scmoe.training.callbacks.logged_steps import begins_logged_step
-from scmoe.training.callbacks.representation_charts import draw_gating, draw_similarity
+from scmoe.training.callbacks.representation_charts import (
+    draw_gating,
+    draw_gradients,
+    draw_similarity,
+)
 from scmoe.training.callbacks.representations import (
     GatingProbe,
+    GradientProbe,
     SimilarityProbe,
     gating_metrics,
+    gradient_metrics,
     means,
     similarity_metrics,
 )
 
-Probe = GatingProbe | SimilarityProbe
+Probe = GatingProbe | SimilarityProbe | GradientProbe
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ def gating(position: str) -> Quantity:
 
 
 SIMILARITY = Quantity("similarity", SimilarityProbe, similarity_metrics, draw_similarity)
+GRADIENTS = Quantity("gradients", GradientProbe, gradient_metrics, draw_gradients)
 
 
 class Analysis(Callback):

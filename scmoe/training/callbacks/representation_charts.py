@@ -1,4 +1,5 @@
-"""Draws Fig. 9, gating over training, and Fig. 10, similarity of representations.
+"""Draws Fig. 9, gating over training, Fig. 10, similarity of representations, and the norm of
+their gradients by depth (Eq. 22).
 
 representations.py measures what they show.
 """
@@ -97,3 +98,27 @@ def draw_similarity(
         step = f"cosine similarity after {steps[-1]:,} steps"
         heading(figure, f"{words}\n{step}" if words else step)
         figure.colorbar(image, ax=list(axes), shrink=min(1.0, 3.0 / sum(sides)), anchor=(0.0, 1.0))
+
+
+def draw_gradients(
+    steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = ""
+) -> None:
+    """Draw the gradient's norm at each representation over that at the last one, with a line for
+    the first and one for the last measured step. values: [steps, N, 1]."""
+    norms = values[:, :, 0]
+    with chart(path, 3.6) as figure:
+        axis = figure.subplots()
+        for place in dict.fromkeys((0, len(steps) - 1)):
+            axis.plot(norms[place] / norms[place, -1], marker=".", label=f"step {steps[place]:,}")
+        depth_axis(axis, labels)
+        heading(figure, words or "gradient of the loss by depth (Eq. 22)")
+        figure.legend(loc="outside lower left", ncols=2)
+
+
+def depth_axis(axis: Any, labels: Sequence[str]) -> None:
+    """Name the representations below an axis, and set the scale of norms over the last one's."""
+    ticks = range(0, len(labels), math.ceil(len(labels) / 13))
+    axis.set_xticks(ticks, [labels[i] for i in ticks], rotation=90, fontsize=SMALL)
+    axis.set_yscale("log")
+    axis.set_ylabel("norm, over that at the last")
+    axis.grid(axis="y")

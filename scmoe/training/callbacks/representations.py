@@ -1,5 +1,5 @@
 """How similar representations are: the two inputs of a gate (Fig. 9), and all of a model (Fig. 10,
-14, 15).
+14, 15). How large the loss's gradient is at each of them (Eq. 22).
 
 Fig. 9 compares the current and the preceding layer's representations at one gate:
 
@@ -18,9 +18,12 @@ Fig. 10, cosine similarity. A representation is a value of the residual stream: 
 stream after each attention, MLP or MoE module. An entry of the matrix is the mean over tokens of
 the cosine of two representations. If their widths differ, as between the stages of SwinV2, the
 entry is NaN.
+
+Eq. 22: dE/dx_l = dE/dx_L (1 + d/dx_l sum_i F_i(x_i)). The 1 is the residual stream, which hands the
+last representation's gradient to all earlier ones, however many sub-layers lie between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -162,6 +165,38 @@ def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
     return matrix
 
 
+def watch_representations(model: Any, keep: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
+    """Call keep(name, x) for every representation of a forward pass, in order, and return the
+    hooks that do so.
+
+    Kept are the first block's input, every input of a new width, and the output of every sub-layer
+    and MoE module. Other inputs are the output of the preceding block.
+    """
+    handles: list[RemovableHandle] = []
+    width = layer = 0
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal width
+        if args[0].shape[-1] != width:
+            width = args[0].shape[-1]
+            keep("input", args[0])
+
+    def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep(name, output if isinstance(output, Tensor) else output.y_BSD)
+
+    for block in model.blocks:
+        handles.append(block.register_forward_pre_hook(keep_input))
+        for sublayer in block.sublayers:
+            is_mlp = isinstance(sublayer.f, MLP)
+            name = f"{layer} {'MLP' if is_mlp else 'attention'}"
+            handles.append(sublayer.register_forward_hook(partial(keep_output, name)))
+            layer += is_mlp
+        if isinstance(block, MoEBlock):
+            handles.append(block.register_forward_hook(partial(keep_output, f"{layer} MoE")))
+            layer += 1
+    return handles
+
+
 class SimilarityProbe:
     """Keeps some tokens of every representation of one forward pass, by hooks. Call `remove` after
     the pass.
@@ -172,30 +207,10 @@ class SimilarityProbe:
     def __init__(self, model: Any, max_tokens: int = 256) -> None:
         self.max_tokens = max_tokens
         self.kept: list[tuple[str, Tensor]] = []
-        self.handles: list[RemovableHandle] = []
-        layer = 0
-        for block in model.blocks:
-            self.handles.append(block.register_forward_pre_hook(self._keep_input))
-            for sublayer in block.sublayers:
-                is_mlp = isinstance(sublayer.f, MLP)
-                name = f"{layer} {'MLP' if is_mlp else 'attention'}"
-                self.handles.append(sublayer.register_forward_hook(partial(self._keep, name)))
-                layer += is_mlp
-            if isinstance(block, MoEBlock):
-                self.handles.append(
-                    block.register_forward_hook(partial(self._keep, f"{layer} MoE"))
-                )
-                layer += 1
+        self.handles = watch_representations(model, self._keep)
 
-    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the first block's input, and every input of a new width. Other inputs are the output
-        of the preceding block."""
-        if not self.kept or self.kept[-1][1].shape[-1] != args[0].shape[-1]:
-            self._keep("input", module, args, args[0])
-
-    def _keep(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Keep an output. output: of a sub-layer, or of a block, which returns an MoEOutput."""
-        x_TD = (output if isinstance(output, Tensor) else output.y_BSD).detach().flatten(0, -2)
+    def _keep(self, name: str, x_BSD: Tensor) -> None:
+        x_TD = x_BSD.detach().flatten(0, -2)
         step = -(-len(x_TD) // self.max_tokens)
         self.kept.append((name, x_TD[::step].clone()))
 
@@ -219,3 +234,45 @@ def similarity_metrics(matrix: Any) -> dict[str, float]:
     """Return the mean similarity of neighbours, which have one sub-layer between them."""
     neighbours = torch.as_tensor(matrix).diagonal(1)
     return {"similarity/neighbours": float(neighbours.nanmean())}
+
+
+class GradientProbe:
+    """Notes the norm of the loss's gradient at every representation of one forward and backward
+    pass, by hooks. Call `remove` after the pass.
+
+    The loss is that of this rank's batch; where no gradient arrives, as behind frozen weights, the
+    norm is 0.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.names: list[str] = []
+        self.norms: list[Tensor] = []
+        self.handles = watch_representations(model, self._keep)
+
+    def _keep(self, name: str, x_BSD: Tensor) -> None:
+        place = len(self.norms)
+        self.names.append(name)
+        self.norms.append(x_BSD.new_zeros((), dtype=torch.float64))
+        if x_BSD.requires_grad:
+            x_BSD.register_hook(partial(self._note, place))
+
+    def _note(self, place: int, gradient_BSD: Tensor) -> None:
+        self.norms[place] = gradient_BSD.detach().double().norm()
+
+    def result(self) -> Tensor:
+        """Return [N, 2]: the norms, and a column of ones, which counts ranks when results are added
+        up."""
+        norms = torch.stack(self.norms)
+        return torch.stack([norms, torch.ones_like(norms)], dim=1)
+
+    def labels(self) -> list[str]:
+        return self.names
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def gradient_metrics(norms_N1: Any) -> dict[str, float]:
+    """Return the gradient's norm at the first representation over that at the last one."""
+    return {"gradients/first_over_last": float(norms_N1[0, 0] / norms_N1[-1, 0])}

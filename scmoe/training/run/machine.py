@@ -71,7 +71,8 @@ def check_machine(config: Config, model: nn.Module, job: RankJob) -> None:
     and free memory: they can change while the other ranks start.
     """
     check_resident(config)
-    if config.analysis.gating_every or config.analysis.similarity_every:
+    analysis = config.analysis
+    if analysis.gating_every or analysis.similarity_every or analysis.gradients_every:
         require("analysis", "matplotlib")
     check_devices(config)
     if is_rank_zero():

@@ -39,7 +39,12 @@ TINY = (
         "trainer.accumulate=2",
     ),
 )
-ON = ("analysis.gating_every=2", "analysis.similarity_every=3", "analysis.record_routing=2")
+ON = (
+    "analysis.gating_every=2",
+    "analysis.similarity_every=3",
+    "analysis.gradients_every=3",
+    "analysis.record_routing=2",
+)
 
 
 def fit(run_dir, *words, resume=False):
@@ -84,8 +89,12 @@ def test_an_analysis_that_is_off_adds_no_callback_and_no_hook(finished):
     guard = off[0]  # the guard's hooks are always there
     assert set(off[:-1]) == {guard}
     gating, similarity = 3 * 2, 2 * (1 + 3 + 1)
+    gradients = similarity
     routing = 2
-    first_batches = {0: gating + similarity + routing, 6: similarity}  # a step has two batches
+    first_batches = {  # a step has two batches
+        0: gating + similarity + gradients + routing,
+        6: similarity + gradients,
+    }
     first_batches |= dict.fromkeys((4, 8), gating + routing)
     assert [count - guard for count in on[:-1]] == [
         first_batches.get(batch, 0) for batch in range(12)
@@ -96,7 +105,7 @@ def test_an_analysis_that_is_off_adds_no_callback_and_no_hook(finished):
 def test_measurements_are_stored_logged_and_drawn(finished):
     run_dir, _, _ = finished
     folder = run_dir / "analysis"
-    pictured = {f"{n}.{s}" for n in ("gating", "similarity") for s in ("npz", "png")}
+    pictured = {f"{n}.{s}" for n in ("gating", "similarity", "gradients") for s in ("npz", "png")}
     assert {path.name for path in folder.iterdir()} == pictured | {"routing"}
     recorded = read_routing(folder / "routing")
     assert recorded.steps == [0, 2, 4]
@@ -111,6 +120,10 @@ def test_measurements_are_stored_logged_and_drawn(finished):
     with np.load(folder / "similarity.npz", allow_pickle=False) as stored:
         assert stored["steps"].tolist() == [0, 3]
         assert stored["values"].shape == (2, 9, 9) and stored["labels"][-1] == "3 MoE"
+        labels = stored["labels"].tolist()
+    with np.load(folder / "gradients.npz", allow_pickle=False) as stored:
+        assert stored["labels"].tolist() == labels
+        assert stored["values"].shape == (2, 9, 1) and (stored["values"] > 0).all()
     with (run_dir / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("gating/repeated_selection")]
     assert [int(row["step"]) for row in rows] == [0, 2, 4]

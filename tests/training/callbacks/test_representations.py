@@ -1,5 +1,5 @@
-"""The matrix of Fig. 10 is right, and the probe reads every representation of the residual stream
-once."""
+"""The matrix of Fig. 10 and the norms of Eq. 22 are right, and the probes read every representation
+of the residual stream once."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,10 @@ import torch
 
 from scmoe.config.load import load_config
 from scmoe.training.callbacks.representations import (
+    GradientProbe,
     SimilarityProbe,
     cosine_matrix,
+    gradient_metrics,
     means,
     similarity_metrics,
 )
@@ -74,6 +76,41 @@ def test_every_representation_is_read_once_in_order(words, labels):
     assert_close(matrix.diagonal(), torch.ones(len(labels), dtype=torch.float64), 1e-12)
     model(ids)
     assert probe.labels() == labels, "a removed probe reads nothing"
+
+
+@pytest.mark.parametrize("words", ["moe.architecture=top_k", "moe.position=pos3", "moe.every=1"])
+def test_the_norm_of_the_gradient_of_every_representation(words):
+    """With one sequence a position's embedding has the gradient of the input there. The last
+    representation is read by the norm before the head alone."""
+    config = tiny(*words.split())
+    model = tiny_model(config)
+    ids, labels = tiny_batch(config, 1)
+    probe = GradientProbe(model)
+    read_last = []
+    handle = model.norm.register_full_backward_hook(lambda *args: read_last.append(args[1][0]))
+    torch.nn.functional.cross_entropy(model(ids).logits_BSV[0], labels[0]).backward()
+    probe.remove()
+    handle.remove()
+    norms, ones = probe.result().unbind(1)
+    assert_close(norms[0], model.positions.weight.grad.norm(), 1e-12)
+    assert_close(norms[-1], read_last[0].norm(), 1e-12)
+    assert (norms > 0).all() and (ones == 1).all()
+
+    similarity = SimilarityProbe(model)
+    model(ids)
+    similarity.remove()
+    assert probe.labels() == similarity.labels() and hooks(model) == 0
+    metrics = gradient_metrics(means(probe.result()).numpy())
+    assert metrics == {"gradients/first_over_last": pytest.approx((norms[0] / norms[-1]).item())}
+
+
+def test_behind_frozen_weights_the_norm_is_0():
+    model, (ids, _) = tiny_model(tiny()), tiny_batch(tiny())
+    model.requires_grad_(False)
+    model.norm.requires_grad_(True)
+    probe = GradientProbe(model)
+    model(ids).logits_BSV.sum().backward()
+    assert not probe.result()[:, 0].any()
 
 
 def test_stages_of_an_image_model_are_not_compared_with_each_other():
