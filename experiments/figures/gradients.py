@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from scmoe.charts import LINES, chart, heading
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 from scmoe.report import Report, publish, say
 from scmoe.training.callbacks.representation_charts import depth_axis
 from scmoe.training.run.from_python import train_from_python
@@ -37,7 +37,9 @@ def measure_gradients(out: Path) -> dict[str, Any]:
     for seed in SEEDS:
         for row, words in ROWS.items():
             say(f"{row}, seed {seed}")
-            run = train_from_python(load(CONFIG, [*words, f"seed={seed}", f"runs_dir={out}/runs"]))
+            run = train_from_python(
+                load_config(CONFIG, [*words, f"seed={seed}", f"runs_dir={out}/runs"])
+            )
             assert run is not None
             with np.load(run / "analysis" / "gradients.npz", allow_pickle=False) as stored:
                 norms = stored["values"][:, :, 0]

@@ -296,7 +296,7 @@ class Stack(nn.Module):
 
 def planned(rank: int, world_size: int) -> tuple[set[int], int, Any]:
     """Return the numbers of batches in flight before the choice, the one after it, and the
-    choices."""
+    choice."""
     dist.init_process_group("gloo")
     stack = Stack(rank, world_size)
     planner = Planner(stack, None, torch.device("cpu"), (1,), numbers_in_flight=(1, 2))

@@ -13,9 +13,9 @@ from functools import cache
 
 from lightning.fabric.utilities import registry
 
-from scmoe.config.load import load
+from scmoe.config.load import load_config
 
 registry.entry_points = cache(registry.entry_points)
-load()
+load_config()
 gc.freeze()
 gc.enable()
