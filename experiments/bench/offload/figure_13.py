@@ -80,8 +80,6 @@ def tables(figure: dict[str, Any]) -> list[Report]:
         if case.kept
     }
     columns = {
-        "window, ms": "{window_ms:.1f}",
-        "fetch, ms": "{fetch_ms:.1f}",
         **{f"{way}, ms": f"{{ways[{way}][latency_ms]:.1f}}" for way in (RESIDENT, *WAY_COLORS)},
         "determinate takes away": "{ways[determinate][hidden]:.0%}",
         "limit": "{ways[determinate][bound]:.0%}",
@@ -89,7 +87,7 @@ def tables(figure: dict[str, Any]) -> list[Report]:
         "hit rate": "{ways[speculative][hit_rate]:.0%}",
         "times kept": "{kept} of {tried}",
     }
-    peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, *WAY_COLORS)}
+    peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, "determinate")}
     title = (
         "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts,"
         " {pairs} MoE layers, one thread; a time is kept if the process waited for a core during at"

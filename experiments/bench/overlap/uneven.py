@@ -111,12 +111,11 @@ def window_s(
 
 def tables(report: dict[str, Any]) -> list[Report]:
     columns = {
-        "rank, expert": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
+        "busiest rank, expert": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
         "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",
         "straggler": "{straggler_forward:.0%}, {straggler_train:.0%}",
         OVER_TOP2: "{over_top2}",
         "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
-        "at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
         "slot x chunks": "{place} x {chunks}",
         "auto / best": "{auto_over_best:.3f}",
         "/ model": "{measured_over_model:.3f}",
@@ -131,18 +130,15 @@ def tables(report: dict[str, Any]) -> list[Report]:
 
 def load_conditions(report: dict[str, Any]) -> str:
     """Return the conditions of a load's report."""
-    load = report["load"]
     machine = (
         f"{report['compute']} compute, {report['ranks']} ranks, {report['level']},"
         f" {report['layout']}"
     )
-    words = (
-        f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean,"
-        f" the busiest expert {load['max_over_mean_experts']:.2f} times; {machine},"
-        f" {report['rounds']} rounds, communication share {report['balanced_share']:.2f} at"
-        f" balance, {report['comm_share']:.2f} here"
+    shares = f"{report['comm_share']:.2f}, {report['balanced_share']:.2f} at balance"
+    return (
+        f"`{report['load']['name']}`, communication share {shares}; {machine},"
+        f" {report['rounds']} rounds. Forward, training (`hidden`: backward):"
     )
-    return f"{words}. Forward, training (`hidden`: backward):"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
