@@ -237,7 +237,7 @@ def simulate_others(path: Path) -> dict[str, Any]:
         "predicted": "{predicted:.3f}",
         "error": "{error:+.1%}",
         "null": "{null_error:+.1%}",
-        "90 %": "{interval[0]:.2f} to {interval[1]:.2f}",
+        "90 %": "[{interval[0]:.2f}, {interval[1]:.2f}]",
         "holds": "{holds}",
         "blind": "{blind}",
     }
