@@ -69,8 +69,7 @@ shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
 trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). It also loses with few \
 tokens a rank and, to a shared expert with two batches, at a large share: line 2.
-5. **Not measured:** any GPU, NCCL, two machines, any table at the paper's size. \
-[Not run yet](#not-run-yet).
+5. **Not measured:** any GPU, NCCL, two machines, the paper's sizes ([list](#not-run-yet)).
 
 Speeds are medians with quartiles over the rounds of one run a bench; losses are means with \
 intervals of 95 %, which in the tables below hold together.
