@@ -118,7 +118,6 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
         "slot x chunks": "{place} x {chunks}",
         "auto / best": "{auto_over_best:.3f}",
-        "/ model": "{measured_over_model:.3f}",
     }
     of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
     reports = []
