@@ -90,8 +90,8 @@ def tables(figure: dict[str, Any]) -> list[Report]:
     peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, "determinate")}
     title = (
         "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts,"
-        " {pairs} MoE layers, one thread; a time is kept if the process waited for a core during at"
-        " most {max_wait:.0%} of it; medians:"
+        " {pairs} MoE layers, one thread; medians of the times during which the process waited for"
+        " a core for at most {max_wait:.0%}; rows without such times are left out:"
     ).format_map(figure["setting"])
     return [
         Report(title, latencies, columns, "row, tokens, MB/s"),
