@@ -28,6 +28,7 @@ from experiments.bench.offload import figure_13
 from experiments.bench.overlap import uneven
 from experiments.bench.row import rows_of
 from experiments.bench.training import slow_network
+from experiments.figures import gradients
 from experiments.figures.measured import (
     EXPLAINED,
     PAGES,
@@ -61,6 +62,7 @@ BENCHES: dict[
     "inference-": gains,
     "train-": slow_network,
     "figure-13": figure_13,
+    "gradients": gradients,
 }
 RECORDS = ("routing",)  # pictures that no code draws any more: their benches are removed
 SCREENSHOTS = ("report",)  # of pages in a browser, which no code draws

@@ -28,6 +28,7 @@ ROWS = {
     "ScMoE Pos-3": ("moe.position=pos3",),
 }
 SEEDS = (1, 2, 3)
+BEHIND_FIRST_BLOCK = 2  # the number of representations before: the input, the first attention's
 
 
 def measure_gradients(out: Path) -> dict[str, Any]:
@@ -60,18 +61,17 @@ def tables(report: Mapping[str, Any]) -> list[Report]:
     rows = {}
     for row in report["norms"]:
         ratios = over_last(report, row)
-        rows[row] = {
-            "first": (ratios[:, 0, 0].min(), ratios[:, 0, 0].max()),
-            "last": (ratios[:, -1, 0].min(), ratios[:, -1, 0].max()),
-            "least": ratios[:, -1].min(),
-            "most": ratios[:, -1].max(),
+        parts = {
+            "first": ratios[:, 0],
+            "input": ratios[:, -1, 0],
+            "later": ratios[:, -1, BEHIND_FIRST_BLOCK:],
         }
+        rows[row] = {name: [part.min(), part.max()] for name, part in parts.items()}
     first, last = report["steps"][0], report["steps"][-1]
     columns = {
-        f"at the input, step {first}": "{first[0]:.2f} to {first[1]:.2f}",
-        f"at the input, step {last}": "{last[0]:.2f} to {last[1]:.2f}",
-        f"least at any depth, step {last}": "{least:.2f}",
-        f"most at any depth, step {last}": "{most:.2f}",
+        f"step {first}, at any depth": "{first[0]:.2f} to {first[1]:.2f}",
+        f"step {last}, at the input": "{input[0]:.2f} to {input[1]:.2f}",
+        f"step {last}, behind the first block": "{later[0]:.2f} to {later[1]:.2f}",
     }
     title = (
         "Norm of the loss's gradient over that at the last representation, least and most of"

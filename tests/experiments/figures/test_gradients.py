@@ -13,7 +13,7 @@ def test_norms_are_shown_over_those_at_the_last_representation():
     norms = [[[3.0, 2.0, 1.0], [4.0, 1.0, 2.0]], [[5.0, 2.0, 1.0], [6.0, 1.0, 2.0]]]
     report = {"seeds": (1, 2), "steps": [0, 60], "labels": ["a", "b", "c"], "norms": {"x": norms}}
     (table,) = tables(report)
-    assert table.cells() == [["x", "3.00 to 5.00", "2.00 to 3.00", "0.50", "3.00"]]
+    assert table.cells() == [["x", "1.00 to 5.00", "2.00 to 3.00", "1.00 to 1.00"]]
 
 
 def test_every_row_is_trained_with_every_seed(tmp_path, monkeypatch):
