@@ -87,12 +87,12 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     depth = np.arange(len(labels))
     with chart(path, 6.4) as figure:
         axes = figure.subplots(2, 1, sharex=True, sharey=True)
-        for axis, place in zip(axes, (0, len(steps) - 1), strict=True):
+        for axis, index in zip(axes, (0, len(steps) - 1), strict=True):
             for row, color in zip(report["norms"], LINES, strict=False):
-                ratios = over_last(report, row)[:, place]
+                ratios = over_last(report, row)[:, index]
                 axis.plot(depth, ratios.mean(0), color=color, label=row)
                 axis.fill_between(depth, ratios.min(0), ratios.max(0), color=color, alpha=0.2)
-            axis.set_title(f"step {steps[place]}")
+            axis.set_title(f"step {steps[index]}")
             depth_axis(axis, labels)
         heading(figure, "Eq. 22: norm of the loss's gradient by depth, 12 blocks")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)

@@ -33,7 +33,6 @@ from scmoe.predict.advised_rows import (
     best_rows,
     rows_of,
 )
-from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import Profile
 from scmoe.predict.compared_models import Model
 from scmoe.predict.judged_job import Job
@@ -162,15 +161,6 @@ def interval(slower: AdvisedRow, faster: AdvisedRow, errors: Errors) -> tuple[fl
     return value * math.exp(-width), value * math.exp(width)
 
 
-def in_words(batches: InFlight) -> str:
-    """Return how a standard model that hides its transfers runs."""
-    if batches is InFlight.ONE:
-        return "in chunks"
-    if batches is InFlight.HALVES:
-        return "with the halves of a batch in flight (schedule.batches_in_flight=2)"
-    return "with two whole batches in flight, which Megatron-Core has and scmoe has not"
-
-
 def what_to_do(
     rows: Mapping[str, AdvisedRow],
     verdict: Mapping[str, VerdictStep],
@@ -209,7 +199,7 @@ def what_to_do(
     advice = []
     if "two_batches" in paying:
         row = rows[verdict["two_batches"].row]
-        advice.append(f"run the standard model {in_words(row.choice.batches)}")
+        advice.append(f"run the standard model {row.choice.batches.in_a_sentence}")
     if "shared_expert" in paying:
         advice.append("replace one routed copy by a shared expert, if its quality is as good")
     if "shortcut" in paying:

@@ -48,6 +48,15 @@ class InFlight(Enum):
             return ""
         return ", 2 halves" if self is InFlight.HALVES else ", 2 batches"
 
+    @property
+    def in_a_sentence(self) -> str:
+        """How a standard model that hides its transfers runs."""
+        if self is InFlight.ONE:
+            return "in chunks"
+        if self is InFlight.HALVES:
+            return "with the halves of a batch in flight (schedule.batches_in_flight=2)"
+        return "with two whole batches in flight, which Megatron-Core has and scmoe has not"
+
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> "InFlight":
         """Return what a row of JSON says."""

@@ -108,8 +108,8 @@ def draw_gradients(
     norms = values[:, :, 0]
     with chart(path, 3.6) as figure:
         axis = figure.subplots()
-        for place in dict.fromkeys((0, len(steps) - 1)):
-            axis.plot(norms[place] / norms[place, -1], marker=".", label=f"step {steps[place]:,}")
+        for index in dict.fromkeys((0, len(steps) - 1)):
+            axis.plot(norms[index] / norms[index, -1], marker=".", label=f"step {steps[index]:,}")
         depth_axis(axis, labels)
         heading(figure, words or "gradient of the loss by depth (Eq. 22)")
         figure.legend(loc="outside lower left", ncols=2)

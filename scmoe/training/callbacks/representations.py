@@ -250,14 +250,14 @@ class GradientProbe:
         self.handles = watch_representations(model, self._keep)
 
     def _keep(self, name: str, x_BSD: Tensor) -> None:
-        place = len(self.norms)
+        depth = len(self.norms)
         self.names.append(name)
         self.norms.append(x_BSD.new_zeros((), dtype=torch.float64))
         if x_BSD.requires_grad:
-            x_BSD.register_hook(partial(self._note, place))
+            x_BSD.register_hook(partial(self._note, depth))
 
-    def _note(self, place: int, gradient_BSD: Tensor) -> None:
-        self.norms[place] = gradient_BSD.detach().double().norm()
+    def _note(self, depth: int, gradient_BSD: Tensor) -> None:
+        self.norms[depth] = gradient_BSD.detach().double().norm()
 
     def result(self) -> Tensor:
         """Return [N, 2]: the norms, and a column of ones, which counts ranks when results are added
