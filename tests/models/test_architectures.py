@@ -30,7 +30,7 @@ NAMED = (  # Tables 1 to 7 and A.7
         "pos3-direct_add",
         "pos2-cg2",
     ),
-    *("scmoe-2", "dgmoe", "dgmoe-share"),
+    *("scmoe-2", "dgmoe", "dgmoe-share", "double-top-1"),
 )
 
 
