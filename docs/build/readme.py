@@ -49,8 +49,9 @@ of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).
 5. **In quality: no gain of the shortcut is shown.** At equal tokens Pos-2's loss is top-2's \
 within {margin} nats (TOST, p {equal_p:.3f}). At equal time it is {gain:+.3f} nats from top-2's, \
-but a shared expert alone is at {shared_gain:+.3f}; Pos-2's own part is {own_gain:+.3f} and not \
-significant (p {own_p:.2f}; {seeds} seeds of [a small twin of Table 3]\
+but a shared expert alone is at {shared_gain:+.3f}; Pos-2's own part is {own_gain:+.3f} \
+(p {own_p:.2f} with speeds taken as exact), less than the {spread:.3f} that the quartiles of the \
+shared expert's and top-2's speed make ({seeds} seeds of [a small twin of Table 3]\
 (docs/results/{table}/table.md)).
 
 """
@@ -65,7 +66,8 @@ in flight ([numbers]({headline}.md)).
 shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)).
 3. **Quality: no gain of the shortcut is shown.** Pos-2's loss minus top-2's at equal tokens: \
 {equal}; within {margin} nats (TOST, p {equal_p:.3f}). Minus a shared expert's at equal time: \
-{own}, p {own_p:.2f} ({seeds} seeds of [a small twin]({table}/table.md)).
+{own}, p {own_p:.2f} with speeds taken as exact; their quartiles make up to {spread:.3f} ({seeds} \
+seeds of [a small twin]({table}/table.md)).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
 trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). It also loses with few \
 tokens a rank and, to a shared expert with two batches, at a large share: line 2.
@@ -171,11 +173,13 @@ def quality(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return differences of validation losses, paired by seed: at equal tokens and at equal time.
 
     own_gain, own_p: of Pos-2 over a shared expert, which is what the shortcut itself adds. One
-    comparison, so p is not corrected.
+    comparison, so p is not corrected. spread: by how much the quartiles of both speeds widen the
+    interval of a shared expert's loss at equal time.
     """
     equal_tokens = losses_of(table, "equal_tokens")
     equal_time = losses_of(table, SHARE)
     own = compare(equal_time[POS2], equal_time[SHARED])
+    shared = table["equal_time"][SHARE]["rows"][SHARED]["minus_baseline"]
     return {
         "margin": MARGIN,
         "seeds": WORDS[len(equal_time[POS2])],
@@ -184,6 +188,7 @@ def quality(table: Mapping[str, Any]) -> dict[str, Any]:
         "shared_gain": compare(equal_time[SHARED], equal_time[TOP2])["mean"],
         "own_gain": own["mean"],
         "own_p": own["p"],
+        "spread": shared["with_speeds"][1] - shared["high"],
     }
 
 

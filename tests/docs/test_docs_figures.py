@@ -47,7 +47,7 @@ def test_the_words_of_readmes_answers_are_true(facts):
     assert facts["rows_over_gradients"] < 1 and facts["few_tokens"] < 0.95
     assert facts["equal_p"] < 0.05, "equal within the margin"
     assert facts["gain"] < facts["shared_gain"] < facts["own_gain"] < 0
-    assert facts["own_p"] > 0.05, "not significant"
+    assert abs(facts["own_gain"]) < facts["spread"], "the speeds are not exact enough to show it"
 
 
 def test_a_new_measurement_changes_readmes_answers(tmp_path):
