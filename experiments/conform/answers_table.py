@@ -26,13 +26,13 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def table_lines() -> list[str]:
-    """Return the lines of the table, in Markdown, and the questions that nobody failed."""
+    """Return the lines of the table, in Markdown, and the questions that no library failed."""
     reports = results().values()
     rows = [[name, *(cell(report["questions"][name]) for report in reports)] for name in NAMES]
     failed = [row for row in rows if not GOOD.issuperset(row[1:])]
     others = "; ".join(row[0] for row in rows if row not in failed)
     table = markdown_table(["", *(report["title"] for report in reports)], failed)
-    return [*table, "", f"Nobody who was asked failed in: {others}."]
+    return [*table, "", f"No library failed in: {others}."]
 
 
 def cell(of_places: dict[str, dict[str, Any]]) -> str:

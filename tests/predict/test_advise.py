@@ -1,36 +1,23 @@
 """The advice answers as it must where the answer is known, and refuses what it cannot answer."""
 
 import json
-import re
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from experiments.bench.overlap.speedups import operators_ms
-from experiments.bench.setting import Setting
 from scmoe.command_line import call
-from scmoe.config.leaves import ConfigError
 from scmoe.loads import Sizes, load_of
 from scmoe.parallel.dense.memory import rank_memory
 from scmoe.predict import measure
 from scmoe.predict.advise import WORTH, Errors, advise, verdict_of, what_to_do
-from scmoe.predict.advised_rows import Choice, Simulator, Slowdown, best_rows
+from scmoe.predict.advised_rows import Choice, Simulator, best_rows
 from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import overridden, read_profile
 from scmoe.predict.compared_models import job_of, rank_shares
 from scmoe.predict.judged_job import Request, job_in_batches
 from scmoe.predict.measure import RankTimes
-from scmoe.predict.measured_times import (
-    known_choice,
-    seconds_of_trace,
-    sizes_as_benched,
-    slowdown_of_file,
-    slowdowns_of_step,
-)
-from scmoe.schedule.cost import OperatorTimes
-from scmoe.schedule.play import TRANSFERS
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
@@ -219,47 +206,6 @@ def test_a_recorded_load_takes_the_mean_of_its_steps(counted):
     )
 
 
-# ---------------------------------------------------------------------- the job's batches
-
-
-def test_the_batch_of_a_config_is_that_of_all_ranks():
-    """As `scmoe estimate` reads it."""
-    profile = read_profile("2x8xA800")
-    words = ["data.global_batch_size=256", "model.layers=2"]
-    job = job_of(Request("quickstart", words), profile)
-    assert (job.samples, job.accumulate, job.tokens) == (16, 1, 256 * 256)
-    job = job_of(Request("quickstart", words, samples=4), profile)
-    assert (job.samples, job.accumulate, job.tokens) == (4, 4, 256 * 256)
-    job = job_of(Request("quickstart", words, samples=4, tensor_parallel=4), profile)
-    assert (job.samples, job.accumulate, job.tokens) == (4, 16, 256 * 256)
-    with pytest.raises(ConfigError, match="samples is 3"):
-        job_of(Request("quickstart", words, samples=3), profile)
-
-
-def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
-    profile = read_profile("8xA30-PCIe", [])
-    request = Request("gpt2_moe_small", ["model.layers=2"], ep_size=8)
-    job, models = counted_on(profile, request)
-    assert job.accumulate == 1
-    needed = models["top2"].memory(8, 1, InFlight.ONE)
-    less = overridden(profile, [f"cluster.memory_gb={0.7 * needed / 1e9}"])
-    other, smaller = counted_on(less, request)
-    assert other.accumulate == 2 and other.tokens == job.tokens
-    assert smaller["top2"].memory(8, 1, InFlight.ONE) <= less.memory
-    given = replace(request, samples=16)
-    assert job_of(given, less).accumulate == 1, "what is given is kept"
-
-
-def test_a_stage_of_a_pipeline_has_its_layers_and_ranks():
-    profile = read_profile("8x8xH100-InfiniBand")
-    job = job_of(Request("gpt2_moe_medium", stage_layers=6, samples=2), profile)
-    assert job.sizes.stages == 4 and job.sizes.ranks == 16 and job.sizes.missing == 0
-    assert job.config.model.layers == 6 and not job.knows_memory
-
-
-# ---------------------------------------------------------------------- what was measured
-
-
 def test_the_layers_that_a_last_stage_lacks_make_room_for_its_head(counted):
     profile, job, models = counted
 
@@ -286,134 +232,6 @@ def test_a_stage_hands_over_in_the_host_s_fixed_time(counted):
     batches = counted[1].accumulate
     assert added(stages=4) - added() == pytest.approx(batches * 3e-3)
     assert added(stages=4, virtual_stages=2) - added() == pytest.approx(2 * batches * 3e-3)
-
-
-def test_a_measured_step_says_what_was_slow_in_two_ways(counted):
-    """Both machines take that long; the interval holds what either says."""
-    profile, job, models = counted
-    job = job._replace(ep_sizes=(8,), sizes=job.sizes._replace(rows=64))
-    simulator = Simulator(profile.machine(), job)
-    model, choice = known_choice([*models.values()], job, 8)
-    assert (model.name, choice.ep_size) == ("scmoe_pos2", 8)
-    usual = simulator.step(model, choice).total
-    computing, transfers = slowdowns_of_step(simulator, model, choice, 3 * usual)
-    assert computing.transfers == 1 and computing.computing > 2
-    assert transfers.computing == 1 and transfers.transfers > 3
-    for scale in (computing, transfers):
-        again = Simulator(profile.machine(), job, scale).step(model, choice).total
-        assert again == pytest.approx(3 * usual, rel=1e-3)
-    compared = [model for name, model in models.items() if name != "top1"]
-    both = advise(compared, profile, job, [computing, transfers]).verdict["two_batches"]
-    each = [
-        advise(compared, profile, job, [scale]).verdict["two_batches"]
-        for scale in (computing, transfers)
-    ]
-    assert both.interval[0] == min(step.interval[0] for step in each)
-    assert both.interval[1] == max(step.interval[1] for step in each)
-    with pytest.raises(ConfigError, match="measured_step_ms"):
-        slowdowns_of_step(simulator, model, choice, 1e-9)
-
-
-def trace(computing_us, transfers_us):
-    """Return a trace of two steps, in each of which a transfer runs beside half of a product."""
-    events = [{"name": f"ProfilerStep#{step}", "cat": "user_annotation"} for step in (3, 4)]
-    for start in (0, 10_000):
-        events += [
-            {"name": "gemm", "cat": "kernel", "ts": start, "dur": computing_us},
-            {
-                "name": "ncclDevKernel_SendRecv(x)",
-                "cat": "kernel",
-                "ts": start + computing_us / 2,
-                "dur": transfers_us,
-            },
-            {"name": "ncclDevKernel_AllReduce", "cat": "kernel", "ts": start, "dur": 9_000},
-        ]
-    return {"traceEvents": events}
-
-
-def test_a_trace_says_how_long_a_step_computes_and_exchanges(counted, tmp_path):
-    file = tmp_path / "trace.json"
-    assert seconds_of_trace(trace(4000, 500)["traceEvents"], file) == (0.004, 0.0005)
-    profile, job, models = counted
-    simulator = Simulator(profile.machine(), job)
-    model, choice = known_choice([*models.values()], job, 8)
-    file.write_text(json.dumps(trace(4000, 500)), encoding="utf-8")
-    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
-    step = simulator.step(model, choice)
-    assert scale.computing == pytest.approx(0.004 / (step.computing + step.update))
-    file.write_text(json.dumps({"traceEvents": []}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="0 steps and 0 kernels"):
-        slowdown_of_file(file, simulator, [*models.values()], 8)
-
-
-def test_a_plan_says_how_long_its_operators_take(counted, tmp_path):
-    """A plan whose operators take twice, and whose transfers three times, the predicted time."""
-    profile, job, models = counted
-    simulator = Simulator(profile.machine(), job)
-    model, _ = known_choice([*models.values()], job, 8)
-    blocks, _ = simulator.blocks(model, 8)
-    layers = [
-        {
-            "schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1},
-            "times_s": {
-                "1": {
-                    direction: {
-                        operator: (3 if operator in ("dispatch", "combine") else 2) * seconds
-                        for operator, seconds in times.items()
-                    }
-                    for direction, times in (
-                        ("forward", block.times.forward),
-                        ("backward", block.times.backward),
-                    )
-                }
-            },
-            "sequential_s": [1.0, 1.0],
-            "batches_in_flight": 1,
-        }
-        for block in blocks
-    ]
-    file = tmp_path / "plan.json"
-    file.write_text(json.dumps({"layers": layers}), encoding="utf-8")
-    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
-    assert scale == pytest.approx(Slowdown(2.0, 3.0))
-    file.write_text(json.dumps({"layers": layers[:1]}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="1 blocks are not those"):
-        slowdown_of_file(file, simulator, [*models.values()], 8)
-
-
-def test_a_bench_s_report_says_how_long_the_operators_of_top2_take(counted, tmp_path):
-    """A report whose operators take twice, and whose transfers three times, the predicted time."""
-    profile, job, models = counted
-    simulator = Simulator(profile.machine(), job)
-    blocks, _ = simulator.blocks(models["top2"], 8)
-    measured = OperatorTimes(
-        *(
-            {op: (3 if op in TRANSFERS else 2) * seconds for op, seconds in each.items()}
-            for each in (blocks[0].times.forward, blocks[0].times.backward)
-        )
-    )
-    of_job = sizes_as_benched(job, models["top2"])
-    sizes = {name: value for name, value in of_job.items() if name not in ("row", "blocks")}
-    setting = asdict(replace(Setting(None, link_mbit=200.0, ranks=8, compute="real"), **sizes))
-    file = tmp_path / "report.json"
-
-    def slowdown(**changed):
-        report = {
-            "setting": {**setting, **changed},
-            "calibration": {"operators_ms": operators_ms(measured)},
-        }
-        file.write_text(json.dumps(report), encoding="utf-8")
-        return slowdown_of_file(file, simulator, [*models.values()], 8)
-
-    assert slowdown() == pytest.approx(Slowdown(2.0, 3.0))
-    for changed, message in (
-        ({"tokens": 512}, "bench of tokens=512, but the job has tokens=1024"),
-        ({"layout": "dropless"}, "layout=dropless"),
-        ({"link_mbit": None}, "--link-mbit"),
-        ({"ranks": 1}, "allowed: 2 | 4 | 8"),
-    ):
-        with pytest.raises(ConfigError, match=re.escape(message)):
-            slowdown(**changed)
 
 
 def test_a_shortcut_that_beats_a_slow_shared_expert_alone_is_not_advised(counted):

@@ -1,0 +1,156 @@
+"""What a user has measured becomes factors on computing and transfers, or is refused."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+
+from experiments.bench.overlap.speedups import operators_ms
+from experiments.bench.setting import Setting
+from scmoe.config.leaves import ConfigError
+from scmoe.predict.advise import advise
+from scmoe.predict.advised_rows import Simulator, Slowdown
+from scmoe.predict.measured_times import (
+    known_choice,
+    seconds_of_trace,
+    sizes_as_benched,
+    slowdown_of_file,
+    slowdowns_of_step,
+)
+from scmoe.schedule.cost import OperatorTimes
+from scmoe.schedule.play import TRANSFERS
+from tests.support.advised import quickstart_on_cards
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return quickstart_on_cards()
+
+
+def test_a_measured_step_says_what_was_slow_in_two_ways(counted):
+    """Both machines take that long; the interval holds what either says."""
+    profile, job, models = counted
+    job = job._replace(ep_sizes=(8,), sizes=job.sizes._replace(rows=64))
+    simulator = Simulator(profile.machine(), job)
+    model, choice = known_choice([*models.values()], job, 8)
+    assert (model.name, choice.ep_size) == ("scmoe_pos2", 8)
+    usual = simulator.step(model, choice).total
+    computing, transfers = slowdowns_of_step(simulator, model, choice, 3 * usual)
+    assert computing.transfers == 1 and computing.computing > 2
+    assert transfers.computing == 1 and transfers.transfers > 3
+    for scale in (computing, transfers):
+        again = Simulator(profile.machine(), job, scale).step(model, choice).total
+        assert again == pytest.approx(3 * usual, rel=1e-3)
+    compared = [model for name, model in models.items() if name != "top1"]
+    both = advise(compared, profile, job, [computing, transfers]).verdict["two_batches"]
+    each = [
+        advise(compared, profile, job, [scale]).verdict["two_batches"]
+        for scale in (computing, transfers)
+    ]
+    assert both.interval[0] == min(step.interval[0] for step in each)
+    assert both.interval[1] == max(step.interval[1] for step in each)
+    with pytest.raises(ConfigError, match="measured_step_ms"):
+        slowdowns_of_step(simulator, model, choice, 1e-9)
+
+
+def trace(computing_us, transfers_us):
+    """Return a trace of two steps, in each of which a transfer runs beside half of a product."""
+    events = [{"name": f"ProfilerStep#{step}", "cat": "user_annotation"} for step in (3, 4)]
+    for start in (0, 10_000):
+        events += [
+            {"name": "gemm", "cat": "kernel", "ts": start, "dur": computing_us},
+            {
+                "name": "ncclDevKernel_SendRecv(x)",
+                "cat": "kernel",
+                "ts": start + computing_us / 2,
+                "dur": transfers_us,
+            },
+            {"name": "ncclDevKernel_AllReduce", "cat": "kernel", "ts": start, "dur": 9_000},
+        ]
+    return {"traceEvents": events}
+
+
+def test_a_trace_says_how_long_a_step_computes_and_exchanges(counted, tmp_path):
+    file = tmp_path / "trace.json"
+    assert seconds_of_trace(trace(4000, 500)["traceEvents"], file) == (0.004, 0.0005)
+    profile, job, models = counted
+    simulator = Simulator(profile.machine(), job)
+    model, choice = known_choice([*models.values()], job, 8)
+    file.write_text(json.dumps(trace(4000, 500)), encoding="utf-8")
+    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
+    step = simulator.step(model, choice)
+    assert scale.computing == pytest.approx(0.004 / (step.computing + step.update))
+    file.write_text(json.dumps({"traceEvents": []}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="0 steps and 0 kernels"):
+        slowdown_of_file(file, simulator, [*models.values()], 8)
+
+
+def test_a_plan_says_how_long_its_operators_take(counted, tmp_path):
+    """A plan whose operators take twice, and whose transfers three times, the predicted time."""
+    profile, job, models = counted
+    simulator = Simulator(profile.machine(), job)
+    model, _ = known_choice([*models.values()], job, 8)
+    blocks, _ = simulator.blocks(model, 8)
+    layers = [
+        {
+            "schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1},
+            "times_s": {
+                "1": {
+                    direction: {
+                        operator: (3 if operator in ("dispatch", "combine") else 2) * seconds
+                        for operator, seconds in times.items()
+                    }
+                    for direction, times in (
+                        ("forward", block.times.forward),
+                        ("backward", block.times.backward),
+                    )
+                }
+            },
+            "sequential_s": [1.0, 1.0],
+            "batches_in_flight": 1,
+        }
+        for block in blocks
+    ]
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"layers": layers}), encoding="utf-8")
+    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
+    assert scale == pytest.approx(Slowdown(2.0, 3.0))
+    file.write_text(json.dumps({"layers": layers[:1]}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="1 blocks are not those"):
+        slowdown_of_file(file, simulator, [*models.values()], 8)
+
+
+def test_a_bench_s_report_says_how_long_the_operators_of_top2_take(counted, tmp_path):
+    """A report whose operators take twice, and whose transfers three times, the predicted time."""
+    profile, job, models = counted
+    simulator = Simulator(profile.machine(), job)
+    blocks, _ = simulator.blocks(models["top2"], 8)
+    measured = OperatorTimes(
+        *(
+            {op: (3 if op in TRANSFERS else 2) * seconds for op, seconds in each.items()}
+            for each in (blocks[0].times.forward, blocks[0].times.backward)
+        )
+    )
+    of_job = sizes_as_benched(job, models["top2"])
+    sizes = {name: value for name, value in of_job.items() if name not in ("row", "blocks")}
+    setting = asdict(replace(Setting(None, link_mbit=200.0, ranks=8, compute="real"), **sizes))
+    file = tmp_path / "report.json"
+
+    def slowdown(**changed):
+        report = {
+            "setting": {**setting, **changed},
+            "calibration": {"operators_ms": operators_ms(measured)},
+        }
+        file.write_text(json.dumps(report), encoding="utf-8")
+        return slowdown_of_file(file, simulator, [*models.values()], 8)
+
+    assert slowdown() == pytest.approx(Slowdown(2.0, 3.0))
+    for changed, message in (
+        ({"tokens": 512}, "bench of tokens=512, but the job has tokens=1024"),
+        ({"layout": "dropless"}, "layout=dropless"),
+        ({"link_mbit": None}, "--link-mbit"),
+        ({"ranks": 1}, "allowed: 2 | 4 | 8"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            slowdown(**changed)
