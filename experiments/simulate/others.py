@@ -16,6 +16,7 @@ from typing import Any
 
 from scmoe.config.load import parse_yaml, read_text
 from scmoe.predict.advised_rows import Choice, Simulator
+from scmoe.predict.asked_config import read_asked
 from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import Profile, overridden, read_profile
 from scmoe.predict.compared_models import Model, models_for
@@ -103,8 +104,7 @@ def request_of(run: Mapping[str, Any]) -> Request:
     if full:
         words.append("trainer.recompute=true")
     return Request(
-        run["model"],
-        [*words, f"data.seq_len={seq_len}"],
+        read_asked(run["model"], [*words, f"data.seq_len={seq_len}"]),
         ranks=int(run["gpus"]),
         ep_size=int(run["ep"]),
         samples=samples,

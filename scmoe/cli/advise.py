@@ -92,7 +92,7 @@ class AskedAdvice:
         self.sizes, others = numbers_of(words, NUMBERS)
         self.named = {"cluster": "", "load": "balanced", "measured": "", "measured_step_ms": ""}
         self.chosen = {key: values[0] for key, values in CHOICES.items()}
-        self.overrides: list[str] = []
+        overrides: list[str] = []
         of_cluster: list[str] = []
         for word in others:
             key, _, value = word.removeprefix("--").partition("=")
@@ -101,7 +101,7 @@ class AskedAdvice:
             elif key in CHOICES:
                 self.choose(key, value)
             else:
-                (of_cluster if key.startswith("cluster.") else self.overrides).append(word)
+                (of_cluster if key.startswith("cluster.") else overrides).append(word)
         if not self.named["cluster"]:
             from scmoe.predict.cluster import names
 
@@ -119,9 +119,9 @@ class AskedAdvice:
                 f"measured is {self.named['measured']}, which is not a file. Give a plan.json, a"
                 " bench's report or a profiler's trace."
             )
-        from scmoe.config.load import read_unchecked
+        from scmoe.predict.asked_config import read_asked
 
-        read_unchecked(config, self.overrides)
+        self.asked_config = read_asked(config, overrides)
         self.profile = profile_of(self.named["cluster"], of_cluster)
 
     def choose(self, key: str, value: str) -> None:
@@ -147,8 +147,7 @@ class AskedAdvice:
         from scmoe.predict.judged_job import Request
 
         return Request(
-            self.config,
-            self.overrides,
+            self.asked_config,
             self.sizes.get("ranks"),
             self.sizes.get("ep"),
             self.sizes.get("samples"),

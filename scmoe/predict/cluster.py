@@ -17,7 +17,7 @@ each rank is 50. Sources say what to check first, and are printed with an advice
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import SHIPPED, find, mapping_of, parse_yaml, read_text
@@ -25,7 +25,8 @@ from scmoe.predict.cluster_rates import Link, Machine
 
 SOURCES = ("datasheet", "guess", "measured")
 KERNELS = ("eager", "fused")
-PRECISIONS = ("bf16-mixed", "bf16-true", "32-true")
+Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 NETWORK = "links.network."
 
 
@@ -90,7 +91,7 @@ class Profile:
     """
 
     name: str
-    precision: str
+    precision: Precision
     ranks: int
     ranks_per_node: int
     values: Mapping[str, Value]

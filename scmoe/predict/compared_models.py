@@ -68,18 +68,16 @@ def job_of(request: Request, profile: Profile) -> Job:
 
     The step of a preset, which says no batch, is in as few batches as fit the device with the
     standard model, one chunk and one batch in flight; in one, if none of these does."""
-    first: Job | None = None
+    first = job_in_batches(request, profile)
+    most = profile.memory
+    if most is None or not first.knows_memory:
+        return first
+    standard = standard_of(first.config)
+    memory = memory_of(build_on_meta(standard, None), "top_k", rank_job(standard))
     for each in requests_of(request):
         job = job_in_batches(each, profile)
-        most = profile.memory
-        if most is None or not job.knows_memory:
-            return job
-        standard = standard_of(job.config)
-        memory = memory_of(build_on_meta(standard, None), "top_k", rank_job(standard))
         if min(memory(ep_size, 1, 1, job.samples) for ep_size in job.ep_sizes) <= most:
             return job
-        first = first or job
-    assert first is not None  # the request itself is the first one
     return first
 
 

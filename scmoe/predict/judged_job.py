@@ -1,21 +1,15 @@
-"""The job that `scmoe advise` judges: a config on the ranks of a cluster, and its batches.
-
-The batch of a step is that of the config, data.global_batch_size, over all ranks. A preset has
-none, and gets TOKENS of a rank.
-"""
+"""The job that `scmoe advise` judges: a config on the ranks of a cluster, and its batches."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from scmoe.config.fields import Config
-from scmoe.config.halved_batches import IN_ONE_BATCH
-from scmoe.config.leaves import ConfigError, key_of
-from scmoe.config.load import find, load_config, read_unchecked
-from scmoe.config.registry import IMAGES
+from scmoe.config.leaves import ConfigError
+from scmoe.config.rules import validate
 from scmoe.loads import BALANCED
+from scmoe.predict.asked_config import AskedConfig
 from scmoe.predict.cluster import Profile
 from scmoe.predict.timed_blocks import JobSizes
 from scmoe.training.assembly.rank_job import rank_job
@@ -27,10 +21,7 @@ SET_BY_REQUEST = (  # keys of a config in whose place words of the request and t
     "trainer.accelerator",
 )
 JUDGED = ("top_k", "shared_expert", "scmoe", "farskip")
-# of a rank in one step, where a preset of configs/model says no batch
-TOKENS = 16_384
-IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
-BATCHES = (1, 2, 4, 8, 16)  # into which these are divided where the device has too little memory
+BATCHES = (2, 4, 8, 16)  # into which a preset's step is divided where the memory is too little
 
 
 @dataclass(frozen=True)
@@ -44,8 +35,7 @@ class Request:
     prefill: a forward pass is judged, as of prompts, not a step. top1: is compared too.
     """
 
-    config: str
-    overrides: Sequence[str] = ()
+    config: AskedConfig
     ranks: int | None = None
     ep_size: int | None = None
     samples: int | None = None
@@ -57,11 +47,6 @@ class Request:
     prefill: bool = False
     top1: bool = False
     load: str = BALANCED
-
-    @property
-    def keys(self) -> set[str]:
-        """The keys of the config that the overrides set."""
-        return {key_of(word) for word in self.overrides}
 
 
 class Job(NamedTuple):
@@ -87,49 +72,27 @@ class Job(NamedTuple):
 def requests_of(request: Request) -> Iterator[Request]:
     """Yield the request; for a preset, if neither samples nor trainer.accumulate are given, also
     with its step in more batches."""
-    path = find(request.config)
     yield request
-    fixed = request.samples or request.prefill or "trainer.accumulate" in request.keys
-    if not says_no_batch(request, path) or fixed:
+    asked = request.config
+    fixed = request.samples or request.prefill or "trainer.accumulate" in asked.given
+    if asked.has_batch or fixed:
         return
-    samples = samples_of_preset(read_unchecked(path, request.overrides))
-    for batches in BATCHES[1:]:
-        if samples % batches == 0:
-            words = [*request.overrides, f"trainer.accumulate={batches}"]
-            yield replace(request, samples=samples // batches, overrides=words)
+    for batches in BATCHES:
+        if asked.usual_samples % batches == 0:
+            samples = asked.usual_samples // batches
+            yield replace(request, samples=samples, config=asked.with_accumulate(batches))
 
 
 def job_in_batches(request: Request, profile: Profile) -> Job:
     """Return the job with the batches that a request says."""
-    path = find(request.config)
     check_words(request, profile)
-    first = read_unchecked(path, request.overrides)
-    check(first)
-    if request.transfers_again and (request.prefill or not first.trainer.recompute):
-        raise ConfigError(
-            "command line: repeat_transfers is true, but nothing is computed again. Add"
-            " trainer.recompute=true, or leave it out."
-        )
-    ranks, stages = ranks_of_stage(request, profile, first)
+    ranks, stages = ranks_of_stage(request, profile)
     groups = ranks // request.tensor_parallel  # each has its own samples
-    samples, accumulate = batches_of(request, path, first, groups)
-    node = min(ranks, profile.ranks_per_node)
-    words = [
-        f"trainer.precision={profile.precision}",
-        f"trainer.accelerator={'cpu' if profile.precision == '32-true' else 'gpu'}",
-        f"trainer.devices={node}",
-        f"trainer.num_nodes={ranks // node}",
-        f"trainer.accumulate={accumulate}",
-        f"strategy.ep_size={math.gcd(first.moe.num_experts, ranks)}",
-        # the ranks that share a weight count as having these samples each; JobSizes divides them
-        f"data.global_batch_size={ranks * samples * accumulate}",
-        IN_ONE_BATCH,  # and two are compared with it
-    ]
+    samples, accumulate = batches_of(request, groups)
+    config = judged_config(request, profile, ranks, samples, accumulate)
     missing = 0.0
     if request.stage_layers is not None:
-        words.append(f"model.layers={request.stage_layers}")
-        missing = stages - first.model.layers / request.stage_layers
-    config = load_config(path, [*request.overrides, *words])
+        missing = stages - request.config.values.model.layers / request.stage_layers
     training = rank_job(config)
     sent = (training.wire_bytes or training.compute_bytes) / training.compute_bytes
     sizes = JobSizes(
@@ -158,29 +121,68 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
     )
 
 
+def judged_config(
+    request: Request, profile: Profile, ranks: int, samples: int, accumulate: int
+) -> Config:
+    """Return the config of a stage of the job: on these ranks, with as many ranks that share the
+    experts as can, and with one batch in flight, as two are compared with it."""
+    asked = request.config.values
+    node = min(ranks, profile.ranks_per_node)
+    trainer = replace(
+        asked.trainer,
+        precision=profile.precision,
+        accelerator="cpu" if profile.precision == "32-true" else "gpu",
+        devices=node,
+        num_nodes=ranks // node,
+        accumulate=accumulate,
+    )
+    # the ranks that share a weight count as having these samples each; JobSizes divides them
+    data = replace(asked.data, global_batch_size=ranks * samples * accumulate)
+    config = replace(
+        asked,
+        trainer=trainer,
+        data=data,
+        strategy=replace(asked.strategy, ep_size=math.gcd(asked.moe.num_experts, ranks)),
+        schedule=replace(asked.schedule, batches_in_flight=None),
+        model=replace(asked.model, layers=request.stage_layers or asked.model.layers),
+    )
+    validate(config, request.config.source)
+    return config
+
+
 def check_words(request: Request, profile: Profile) -> None:
-    """Raise ConfigError for an override that the request or the cluster sets."""
+    """Raise ConfigError for a key that the request or the cluster sets, and for a setting that the
+    advice cannot honour."""
+    asked = request.config
     for key in SET_BY_REQUEST:
-        if key in request.keys:
+        if key in asked.given:
             raise ConfigError(
                 f"command line: {key} is given, but ranks=N, ep=N and the cluster set it. Give"
                 " those alone."
             )
-    if any(key.partition(".")[0] == "schedule" for key in request.keys):
+    if any(key.partition(".")[0] == "schedule" for key in asked.given):
         raise ConfigError(
             "command line: schedule is given, but advise compares slots, chunks and batches in"
             " flight. Leave it out."
         )
-    precision = f"trainer.precision={profile.precision}"
-    if "trainer.precision" in request.keys and precision not in request.overrides:
+    precision = asked.values.trainer.precision
+    if "trainer.precision" in asked.given and precision != profile.precision:
         raise ConfigError(
             f"command line: trainer.precision is given, but the rates of cluster {profile.name} are"
             f" those of {profile.precision}. Leave it out, or write a profile of another precision"
         )
+    check(asked.values)
+    computed_again = asked.values.trainer.recompute and not request.prefill
+    if request.transfers_again and not computed_again:
+        raise ConfigError(
+            "command line: repeat_transfers is true, but nothing is computed again. Add"
+            " trainer.recompute=true, or leave it out."
+        )
 
 
-def ranks_of_stage(request: Request, profile: Profile, config: Config) -> tuple[int, int]:
+def ranks_of_stage(request: Request, profile: Profile) -> tuple[int, int]:
     """Return the ranks of a stage of the pipeline, and the number of stages."""
+    config = request.config.values
     ranks = request.ranks or profile.ranks
     if ranks > profile.ranks:
         raise ConfigError(
@@ -217,13 +219,15 @@ def ranks_of_stage(request: Request, profile: Profile, config: Config) -> tuple[
     return of_stage, stages
 
 
-def batches_of(request: Request, path: Path, config: Config, groups: int) -> tuple[int, int]:
+def batches_of(request: Request, groups: int) -> tuple[int, int]:
     """Return the samples of a rank in one batch, and the batches of a step. groups: of ranks with
     samples of their own."""
+    asked = request.config
+    config = asked.values
     accumulate = config.trainer.accumulate
     if accumulate < 1:
         raise ConfigError(f"trainer.accumulate is {accumulate}, allowed: 1 or more")
-    is_given = "trainer.accumulate" in request.keys
+    is_given = "trainer.accumulate" in asked.given
     if request.prefill:
         if is_given and accumulate > 1:
             raise ConfigError(
@@ -231,8 +235,8 @@ def batches_of(request: Request, path: Path, config: Config, groups: int) -> tup
                 " it out."
             )
         return request.samples or 1, 1
-    if says_no_batch(request, path):
-        return request.samples or samples_of_preset(config), accumulate
+    if not asked.has_batch:
+        return request.samples or asked.usual_samples, accumulate
     whole = config.data.global_batch_size
     if request.samples is None:
         if whole % (groups * accumulate):
@@ -255,17 +259,6 @@ def batches_of(request: Request, path: Path, config: Config, groups: int) -> tup
             f" {batches} batches. Leave one of the two out."
         )
     return request.samples, batches
-
-
-def says_no_batch(request: Request, path: Path) -> bool:
-    """Return whether the config is a preset and no batch is given."""
-    return path.parent.name == "model" and "data.global_batch_size" not in request.keys
-
-
-def samples_of_preset(config: Config) -> int:
-    if config.data.name in IMAGES or config.model.family == "swin":
-        return IMAGES_OF_A_RANK
-    return max(1, TOKENS // config.data.seq_len)
 
 
 def ep_sizes_of(request: Request, config: Config, ranks: int) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from scmoe.parallel.dense.dense_auto import memory_of_rank
 from scmoe.parallel.mesh import use_loopback_for_gloo
 from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
 from scmoe.planning.clock import in_turn, median, seconds
-from scmoe.predict.cluster import KEYS, NETWORK, Profile, Value
+from scmoe.predict.cluster import KEYS, NETWORK, Precision, Profile, Value
 
 ROUNDS = 9
 WARM_UP = 2
@@ -136,7 +136,7 @@ def profile_of(measured: Sequence[RankTimes], on_cards: bool, card: str | None) 
                 f"cluster is measure: {key} was measured as {number:g}, which is not within"
                 f" {low:g} and {high:g}. Stop other work and measure again. {INSTEAD}"
             )
-    precision = "bf16-mixed" if on_cards else "32-true"
+    precision: Precision = "bf16-mixed" if on_cards else "32-true"
     return Profile("measure", precision, ranks, ranks, kept)
 
 

@@ -13,6 +13,7 @@ from scmoe.parallel.dense.memory import rank_memory
 from scmoe.predict import measure
 from scmoe.predict.advise import WORTH, Errors, advise, verdict_of, what_to_do
 from scmoe.predict.advised_rows import Choice, Simulator, best_rows
+from scmoe.predict.asked_config import read_asked
 from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import overridden, read_profile
 from scmoe.predict.compared_models import job_of, rank_shares
@@ -21,7 +22,7 @@ from scmoe.predict.measure import RankTimes
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
-from tests.support.advised import QUICK, counted_on, quickstart_on_cards
+from tests.support.advised import QUICK_WORDS, counted_on, quickstart_on_cards
 
 TERMS = ("computing", "slowed", "exposed_rows", "exposed_gradients", "update", "other")
 EVERYTHING = ("two_batches", "shared_expert", "shortcut")
@@ -80,7 +81,9 @@ def test_the_steps_of_a_verdict_are_over_each_other(counted):
 def test_experts_stay_in_the_node_where_the_network_is_slow():
     """The answer for two machines is to keep EP 8 in the node."""
     profile = read_profile("2x8xA800", ["cluster.memory_gb=10"])
-    job, models = counted_on(profile, Request("gpt2_moe_small", ["model.layers=4"], samples=8))
+    job, models = counted_on(
+        profile, Request(read_asked("gpt2_moe_small", ["model.layers=4"]), samples=8)
+    )
     fitting = [model for name, model in models.items() if name != "top1"]
     advice = advise(fitting, profile, job._replace(ep_sizes=(8, 16)))
     assert {row.choice.ep_size for row in advice.rows.values()} == {8}
@@ -90,7 +93,9 @@ def test_experts_stay_in_the_node_where_the_network_is_slow():
 
 
 def test_every_number_of_ranks_that_divides_is_tried():
-    job = job_of(Request("gpt2_moe_small", ["model.layers=2"]), read_profile("2x8xA800"))
+    job = job_of(
+        Request(read_asked("gpt2_moe_small", ["model.layers=2"])), read_profile("2x8xA800")
+    )
     assert job.config.moe.num_experts == 8 and job.ep_sizes == (1, 2, 4, 8)
 
 
@@ -150,11 +155,12 @@ def test_a_row_s_memory_is_the_estimate_s_of_its_own_schedule(counted):
     for name, row in answers(counted).rows.items():
         schedule = row.choice.schedule
         words = [
+            *QUICK_WORDS,
             f"moe.architecture={schedule.architecture}",
             f"moe.position={schedule.position or 'pos2'}",
             f"moe.top_k={2 if name.startswith('top2') else 1}",
         ]
-        again = job_in_batches(replace(QUICK, overrides=[*QUICK.overrides, *words]), profile).config
+        again = job_in_batches(Request(read_asked("quickstart", words)), profile).config
         again = replace(again, schedule=replace(again.schedule, chunks=schedule.chunks))
         of_rank = rank_job(again)
         job = replace(of_rank, parts=row.choice.batches.number)
@@ -165,7 +171,7 @@ def test_a_load_s_memory_is_that_of_the_busiest_rank_s_rows():
     profile = read_profile("8xH100")
 
     def memory(load):
-        request = Request("quickstart", ["moe.capacity_factor=null"], load=load)
+        request = Request(read_asked("quickstart", ["moe.capacity_factor=null"]), load=load)
         job, models = counted_on(profile, request)
         return job, models["top2"].memory(8, 1, InFlight.ONE)
 
@@ -384,7 +390,9 @@ def test_a_row_of_a_token_for_each_node_is_counted_with_the_copies_of_each_model
     words = ["model.layers=2", "moe.capacity_factor=null", "moe.num_experts=16"]
     seconds = {}
     for copies in ("expert", "node"):
-        request = Request("gpt2_moe_small_tiny", words, ep_size=16, samples=8, copies=copies)
+        request = Request(
+            read_asked("gpt2_moe_small_tiny", words), ep_size=16, samples=8, copies=copies
+        )
         job, models = counted_on(profile, request)
         simulator = Simulator(profile.machine(), job)
         for name in ("top2", "shared_expert"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from scmoe.config.leaves import ConfigError
+from scmoe.predict.asked_config import read_asked
 from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import overridden, read_profile
 from scmoe.predict.compared_models import job_of
@@ -16,19 +17,19 @@ def test_the_batch_of_a_config_is_that_of_all_ranks():
     """As `scmoe estimate` reads it."""
     profile = read_profile("2x8xA800")
     words = ["data.global_batch_size=256", "model.layers=2"]
-    job = job_of(Request("quickstart", words), profile)
+    job = job_of(Request(read_asked("quickstart", words)), profile)
     assert (job.samples, job.accumulate, job.tokens) == (16, 1, 256 * 256)
-    job = job_of(Request("quickstart", words, samples=4), profile)
+    job = job_of(Request(read_asked("quickstart", words), samples=4), profile)
     assert (job.samples, job.accumulate, job.tokens) == (4, 4, 256 * 256)
-    job = job_of(Request("quickstart", words, samples=4, tensor_parallel=4), profile)
+    job = job_of(Request(read_asked("quickstart", words), samples=4, tensor_parallel=4), profile)
     assert (job.samples, job.accumulate, job.tokens) == (4, 16, 256 * 256)
     with pytest.raises(ConfigError, match="samples is 3"):
-        job_of(Request("quickstart", words, samples=3), profile)
+        job_of(Request(read_asked("quickstart", words), samples=3), profile)
 
 
 def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
     profile = read_profile("8xA30-PCIe", [])
-    request = Request("gpt2_moe_small", ["model.layers=2"], ep_size=8)
+    request = Request(read_asked("gpt2_moe_small", ["model.layers=2"]), ep_size=8)
     job, models = counted_on(profile, request)
     assert job.accumulate == 1
     needed = models["top2"].memory(8, 1, InFlight.ONE)
@@ -42,6 +43,6 @@ def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
 
 def test_a_stage_of_a_pipeline_has_its_layers_and_ranks():
     profile = read_profile("8x8xH100-InfiniBand")
-    job = job_of(Request("gpt2_moe_medium", stage_layers=6, samples=2), profile)
+    job = job_of(Request(read_asked("gpt2_moe_medium"), stage_layers=6, samples=2), profile)
     assert job.sizes.stages == 4 and job.sizes.ranks == 16 and job.sizes.missing == 0
     assert job.config.model.layers == 6 and not job.knows_memory

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from scmoe.config.leaves import ConfigError
 from scmoe.predict import measure
 from scmoe.predict.advise import advise
+from scmoe.predict.asked_config import read_asked
 from scmoe.predict.cluster import KEYS, NETWORK
 from scmoe.predict.cluster_rates import Groups
 from scmoe.predict.judged_job import Request
@@ -56,7 +57,7 @@ def test_the_peak_of_a_known_card_is_its_datasheet_s():
 def test_a_single_card_has_no_links_and_can_be_advised():
     profile = profile_of([CARD], True, "NVIDIA H100 80GB HBM3")
     assert "links.node.gb_s" not in profile.guesses
-    job, models = counted_on(profile, Request("quickstart", ["model.layers=2"]))
+    job, models = counted_on(profile, Request(read_asked("quickstart", ["model.layers=2"])))
     advice = advise([models["top2"], models["shared_expert"], models["scmoe_pos2"]], profile, job)
     assert job.ep_sizes == (1,)
     for row in advice.rows.values():

@@ -8,6 +8,7 @@ import pytest
 from scmoe.loads import Sizes, load_of
 from scmoe.models.model_cost import forward_flops
 from scmoe.predict.advised_rows import Choice, Simulator
+from scmoe.predict.asked_config import read_asked
 from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import read_profile
 from scmoe.predict.compared_models import architectures, rank_shares
@@ -31,7 +32,7 @@ def swin():
     pytest.importorskip("timm")
     profile = read_profile("8xH100")
     words = ["moe.capacity_factor=null", "model.layers=2"]  # of stage 3
-    request = Request("swinv2_moe_s_tiny", words, samples=512)
+    request = Request(read_asked("swinv2_moe_s_tiny", words), samples=512)
     return profile, *counted_on(profile, request)
 
 
@@ -53,7 +54,7 @@ def test_products_are_those_of_a_gpts_closed_form(counted):
 @pytest.mark.parametrize("words", [[], ["moe.leading_dense=[256]", "moe.every=1"]], ids=str)
 def test_products_of_a_llama_are_those_of_the_estimate(words):
     sizes = ["model.family=llama", "model.layers=4", "model.kv_heads=2", "moe.num_experts=16"]
-    request = Request("quickstart", [*sizes, *words, "moe.capacity_factor=null"])
+    request = Request(read_asked("quickstart", [*sizes, *words, "moe.capacity_factor=null"]))
     assert_products_are_the_estimate_s(request, rel=1e-6)
 
 
@@ -129,9 +130,10 @@ def test_padding_is_sent_computed_and_kept():
     profile = read_profile("8xH100")
     # a preset, so that the batch of a step is free
     preset = "gpt2_moe_small_tiny"
-    request = Request(preset, ["moe.capacity_factor=null", "model.layers=2"], samples=8)
 
-    def top_2(padding):
+    def top_2(padding, capacity="null"):
+        words = [f"moe.capacity_factor={capacity}", "model.layers=2"]
+        request = Request(read_asked(preset, words), samples=8)
         return counted_on(replace(profile, padding=padding), request)[1]["top2"]
 
     def rows(model, operator):
@@ -144,8 +146,7 @@ def test_padding_is_sent_computed_and_kept():
         assert sent == pytest.approx(factor * rows(usual, "dispatch").rows_bytes)
         assert rows(model, "experts").flops == pytest.approx(factor * rows(usual, "experts").flops)
     assert padded.memory(8, 1, InFlight.ONE) > usual.memory(8, 1, InFlight.ONE)
-    with_capacity = replace(request, overrides=["moe.capacity_factor=1.5", "model.layers=2"])
-    in_slots = counted_on(profile, with_capacity)[1]["top2"]
+    in_slots = top_2(None, capacity=1.5)
     assert padded.memory(8, 1, InFlight.ONE) == pytest.approx(in_slots.memory(8, 1, InFlight.ONE))
 
 
@@ -189,7 +190,7 @@ def test_sublayers_of_dense_blocks_are_operators_too():
     checkpointed."""
     words = ["model.layers=5", "moe.leading_dense=[256]", "moe.every=2"]
     profile = read_profile("8xH100")
-    request = replace(QUICK, overrides=words)
+    request = Request(read_asked("quickstart", words))
     costs = counted_on(profile, request)[1]["top2"].costs
     before = costs.layers[0].before
     operators = [part.operator for part in before if part.operator != OUTSIDE]
@@ -236,7 +237,7 @@ def test_dropless_rows_are_as_many_as_are_routed():
     def models(capacity, samples):
         words_of_job = [*sizes, f"moe.capacity_factor={capacity}"]
         # a preset, so that the batch of a step is free
-        request = Request("gpt2_moe_small_tiny", words_of_job, samples=samples)
+        request = Request(read_asked("gpt2_moe_small_tiny", words_of_job), samples=samples)
         job, counted = counted_on(profile, request)
         return job.config, {name: model.costs for name, model in counted.items()}
 
@@ -261,7 +262,7 @@ def test_a_standard_model_gives_the_others_a_shared_expert_of_one_copy(every, ac
     profile = read_profile("8xH100")
     words = [f"moe.every={every}", f"model.activation={activation}", "moe.capacity_factor=null"]
     words += ["model.ffn_dim=1536", "moe.ffn_dim=96", "moe.top_k=4", "moe.architecture=top_k"]
-    job, counted = counted_on(profile, Request("gpt2_moe_small_tiny", words, samples=4))
+    job, counted = counted_on(profile, Request(read_asked("gpt2_moe_small_tiny", words), samples=4))
     config = job.config
     models = {name: model.costs for name, model in counted.items()}
     blocks = config.model.layers // every
@@ -307,7 +308,7 @@ def test_an_attention_with_unequal_widths_of_heads_costs_its_products():
     seconds = {}
     for value_dim in (16, 32):
         words = [*latent, f"model.latent.value_dim={value_dim}", "model.layers=2"]
-        _, models = counted_on(profile, Request("quickstart", words))
+        _, models = counted_on(profile, Request(read_asked("quickstart", words)))
         blocks, _ = blocks_on(profile.machine(), models["top2"].costs, JobSizes(8, 8))
         parts = models["top2"].costs.layers[0].before
         assert max(k.moved for part in parts for k in part.kernels) < 1e8

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from functools import cache
 
+from scmoe.predict.asked_config import read_asked
 from scmoe.predict.cluster import Profile, read_profile
 from scmoe.predict.compared_models import Model, job_of, models_for
 from scmoe.predict.judged_job import Job, Request
 
 # four samples of each of eight ranks
-QUICK = Request("quickstart", ["model.layers=4", "data.global_batch_size=32"])
+QUICK_WORDS = ("model.layers=4", "data.global_batch_size=32")
+QUICK = Request(read_asked("quickstart", QUICK_WORDS))
 
 
 def counted_on(profile: Profile, request: Request) -> tuple[Job, dict[str, Model]]:

@@ -34,7 +34,8 @@ def test_a_ratio_is_that_of_the_times_that_were_printed():
 def test_a_micro_batch_is_that_of_the_ranks_that_share_a_weight():
     request = request_of(RUNS["aws-30b-ep16"])
     assert (request.samples, request.tensor_parallel, request.stage_layers) == (4, 8, 12)
-    assert "trainer.accumulate=32" in request.overrides  # 256 sequences, two groups of 4 each
+    # 256 sequences, two groups of 4 each
+    assert request.config.values.trainer.accumulate == 32
 
 
 def test_null_and_interval_come_from_the_other_cells():

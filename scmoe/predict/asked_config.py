@@ -1,0 +1,53 @@
+"""The config of a job that `scmoe advise` judges, read once.
+
+The batch of a step is that of the config, data.global_batch_size, over all ranks. A preset has
+none, and gets TOKENS of a rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scmoe.config.fields import Config
+from scmoe.config.leaves import key_of
+from scmoe.config.load import find, read_unchecked
+from scmoe.config.registry import IMAGES
+
+# of a rank in one step, where a preset of configs/model says no batch
+TOKENS = 16_384
+IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
+
+
+@dataclass(frozen=True)
+class AskedConfig:
+    """source: where the values are from, for messages. values: combinations are not checked.
+    given: the keys that somebody typed. has_batch: False for a preset without one."""
+
+    source: str
+    values: Config
+    given: frozenset[str]
+    has_batch: bool
+
+    def with_accumulate(self, batches: int) -> "AskedConfig":
+        """Return the config as if somebody had typed trainer.accumulate."""
+        trainer = replace(self.values.trainer, accumulate=batches)
+        values = replace(self.values, trainer=trainer)
+        return replace(self, values=values, given=self.given | {"trainer.accumulate"})
+
+    @property
+    def usual_samples(self) -> int:
+        """Those of a rank in one step, where the config says no batch."""
+        data = self.values.data
+        if data.name in IMAGES or self.values.model.family == "swin":
+            return IMAGES_OF_A_RANK
+        return max(1, TOKENS // data.seq_len)
+
+
+def read_asked(name: str | Path, overrides: Sequence[str] = ()) -> AskedConfig:
+    """Read a config, by a file or a name, and overrides. ConfigError: as `load_config`, but for
+    combinations of values."""
+    path = find(name)
+    given = frozenset(key_of(word) for word in overrides)
+    has_batch = path.parent.name != "model" or "data.global_batch_size" in given
+    source = f"{path} and command line" if overrides else str(path)
+    return AskedConfig(source, read_unchecked(path, overrides), given, has_batch)
