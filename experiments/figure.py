@@ -28,7 +28,7 @@ def main(
     10  similarity of representations (also 14, 15)   a run with analysis.similarity_every
     13  resident and offloaded experts                nothing: it is measured on this machine
     22  gradient's norm by depth (Eq. 22, no figure)  nothing: five architectures are trained
-    0   all pictures and pages of results             what is kept in docs/figures and docs/results
+    0   all pictures, results pages, README's table   what is kept in docs/figures and docs/results
 
     PNG and PDF go to the folder `analysis` of the run, to that of the first report, or (0, 4, 7;
     PNG) to docs/figures. 9 and 10 also write what they draw, as JSON. 22 goes to runs/gradients. 13

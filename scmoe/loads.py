@@ -1,5 +1,5 @@
 """Uneven routing as a value: which share of the copies each expert gets, and the experts that each
-token goes to.
+token goes to. It is what benches take as `--load`, and `scmoe advise` as `load=`:
 
     p_e                share of the T K copies of a step that go to expert e; a rank has E / R
                        neighbouring experts

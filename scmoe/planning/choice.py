@@ -1,5 +1,8 @@
 """What a planner chooses, a ModelChoice: how each MoE layer runs, how many batches are in flight,
-and the measured times that predict what it takes (schedule/cost.py, schedule/stack.py)."""
+and the measured times that predict what it takes (schedule/cost.py, schedule/stack.py).
+
+pricing.py ranks the candidates, and planner.py decides (`Planner.decide`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,5 +1,5 @@
 """An optimizer step of a model on a machine, played from the times of its operators; a forward pass
-likewise.
+likewise. The milliseconds of `scmoe advise` are from here (advised_rows.py).
 
     computation   before 1 | stream and window of 1 | before 2 | ... | head | head' | ... | update
     link, rows             | dispatch | combine     |          | ...
@@ -13,8 +13,8 @@ here:
                 exposed. They are summed once a step, with the last batch
     pieces      a chunk or a half takes its share of an operator's rows, but as many kernels as all
                 rows, and the experts read all their weights: t = max((all - fixed) / pieces, least)
-                + fixed. A half reads the weights of attention, MLP and shared expert again too,
-                which timed_blocks.py leaves out: their `least` is 0
+                + fixed. Not counted: a half also reads the weights of attention, MLP and shared
+                expert again (their `least` is 0)
     burst       an idle link may have saved a part of the next transfer (shared_link.py)
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
@@ -96,12 +96,12 @@ class Head:
 class StepSetting:
     """How a step runs.
 
-    batches: in flight. sequential: transfers as Blocking has them. accumulate: batches of a step.
+    batches: in flight. sequential: computation waits for transfers. accumulate: batches of a step.
     stages, virtual_stages: of a pipeline, and of each of them. sums_at_once: that share the link
     with a transfer of rows.
     burst: seconds of transfers that an idle link saves at most (shared_link.py). tax: what
-    computation loses of the time that a transfer runs beside it. longer: by what factor
-    computing all rows of a batch takes longer in two pieces, beside launches and weights. update_s,
+    computation loses of the time that a transfer runs beside it. longer: by what factor two
+    halves of a batch take longer to compute than the batch, launches and weights aside. update_s,
     other_s: seconds of a step.
     """
 
