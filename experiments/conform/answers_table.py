@@ -1,4 +1,5 @@
-"""The table of docs/conform.md: questions that a library failed, from docs/results/conform/.
+"""The table of docs/conform.md: questions that a library failed, from docs/results/conform/, and
+what is said below it of the others.
 
 python -m experiments.conform.answers_table prints it.
 """
@@ -26,13 +27,29 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def table_lines() -> list[str]:
-    """Return the lines of the table, in Markdown, and the questions that no library failed."""
+    """Return the lines of the table, in Markdown, and the other questions: which of them only scmoe
+    was asked, and which nobody was."""
     reports = results().values()
     rows = [[name, *(cell(report["questions"][name]) for report in reports)] for name in NAMES]
     failed = [row for row in rows if not GOOD.issuperset(row[1:])]
-    others = "; ".join(row[0] for row in rows if row not in failed)
     table = markdown_table(["", *(report["title"] for report in reports)], failed)
-    return [*table, "", f"No library failed in: {others}."]
+    asked: dict[str, list[str]] = {"others": [], "scmoe": [], "nobody": []}
+    for name, *cells in rows:
+        if not GOOD.issuperset(cells):
+            continue
+        who = {
+            "scmoe" if report["title"].startswith("scmoe") else "others"
+            for report, answer in zip(reports, cells, strict=True)
+            if answer == SHORT["passed"]
+        }
+        asked["others" if "others" in who else "scmoe" if who else "nobody"].append(name)
+    names = {who: "; ".join(of_them) for who, of_them in asked.items()}
+    return [
+        *table,
+        "",
+        f"Nobody who was asked failed in: {names['others']}. Only scmoe was asked, and passed:"
+        f" {names['scmoe']}. Nobody was asked: {names['nobody']}.",
+    ]
 
 
 def cell(of_places: dict[str, dict[str, Any]]) -> str:

@@ -1,104 +1,41 @@
-"""Runs send the right data to a W&B server, here on 127.0.0.1, and a broken server does not change
-a training.
+"""Runs send the right data to a W&B server, here on 127.0.0.1. test_wandb_logger_faults.py has servers
+that are broken or away.
 
 One process, `scenario`, makes all trainings, because every start of Python with torch costs
 seconds.
 """
 
-import contextlib
-import faulthandler
-import io
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scmoe.training.run.directory import git
-from tests.support.commands import ROOT, environment
-from tests.support.forked import python
-from tests.support.wandb_server import KEY, WandbServer, wandb_server
+from tests.support.logged_trainings import (
+    LoggedTrainings,
+    client,
+    column,
+    of_type,
+    reports_of,
+    result,
+    warnings,
+)
+from tests.support.wandb_server import wandb_server
 
 pytestmark = [pytest.mark.smoke, pytest.mark.ranks, pytest.mark.timeout(600)]
 
-LONGEST_S = 400  # of all trainings; after it, the stacks of all threads say what waits
-DEBUG = ("configs/debug.yaml", "logger.project=wire", "logger.group=together", "logger.tags=[a,b]")
-
-
-@contextlib.contextmanager
-def client(server: WandbServer) -> Iterator[None]:
-    """Make this process a client of the server. W&B reads its environment variables once."""
-    import wandb
-
-    wandb.teardown()
-    os.environ |= server.variables
-    yield
-    wandb.teardown()
-
 
 def scenario(folder: Path) -> None:
-    """Write into the folder, for each training, what the server received and what the training
-    printed."""
-    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
-    from lightning.pytorch import Callback
-
     from scmoe.config.load import load_config
     from scmoe.training.callbacks.load_chart import draw_load
-    from scmoe.training.run import train as run
-    from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
-    from scmoe.training.run.output import sync_command
-    from scmoe.training.run.resume import resumption
 
-    def report(name: str, server: WandbServer, **more: Any) -> None:
-        artifacts = [asdict(artifact) for artifact in server.artifacts]
-        for artifact in artifacts:
-            artifact["files"] = {file: len(content) for file, content in artifact["files"].items()}
-        found = {
-            "runs": [asdict(run) for run in server.runs.values()],
-            "artifacts": artifacts,
-            **more,
-        }
-        (folder / f"{name}.json").write_text(json.dumps(found))
-
-    def training(
-        server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None
-    ) -> str:
-        """Return what the training printed."""
-        said = io.StringIO()
-        with (
-            client(server),
-            contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            if run_dir is None:
-                config, resumed = (
-                    load_config(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]),
-                    None,
-                )
-            else:
-                config, resumed = resumption(run_dir, overrides)
-            summary = run.train(config, (), resumed)
-        report(name, server, summary=summary, said=said.getvalue())
-        return said.getvalue()
-
-    def command(server: WandbServer, *words: str) -> tuple[int, str]:
-        """Return the exit code and the output. That is a file, as W&B's own processes may keep a
-        pipe open after their parent has ended."""
-        log, env = folder / "command.log", {**os.environ, **server.variables}
-        with log.open("wb") as file:
-            done = subprocess.run(
-                [sys.executable, "-m", *words], cwd=folder, env=env, stdout=file, stderr=file
-            )
-        return done.returncode, log.read_text()
-
+    trainings = LoggedTrainings(folder)
     with wandb_server() as server:
-        training(server, "online", "logger.mode=auto")
+        trainings.train(server, "online", "logger.mode=auto")
         run_dir = (folder / "online" / "latest").resolve()
         (best,) = run_dir.glob("checkpoints/best-step=*.ckpt")  # the resumed run replaces it
         sizes = {
@@ -108,15 +45,9 @@ def scenario(folder: Path) -> None:
         }
         (folder / "best.json").write_text(json.dumps([best.name, sizes]))
         (folder / "resumed").symlink_to("online")
-        training(server, "resumed", "logger.mode=auto", "trainer.max_steps=6", run_dir=run_dir)
-
-    with wandb_server() as server:
-        training(server, "offline", "logger.mode=offline")
-        assert not server.requests
-        sync = sync_command((folder / "offline" / "latest").resolve())
-        assert sync is not None
-        code, said = command(server, *sync.split())
-        report("synced", server, said=said, code=code)
+        trainings.train(
+            server, "resumed", "logger.mode=auto", "trainer.max_steps=6", run_dir=run_dir
+        )
 
     with wandb_server() as server, client(server):
         described = {
@@ -148,71 +79,18 @@ def scenario(folder: Path) -> None:
             size = {"params_total": 9, "params_active": 5, "tokens_per_s": 3.5, "val_loss": 1.0}
             log_results(loggers, 7, ["a text", "another"], there / "load.png", size)
             close_loggers(loggers)
-        report("described", server)
+        trainings.report("described", server)
         for name in described:
             del os.environ[name]
 
     with wandb_server() as server:
-        training(server, "disabled", "logger.mode=disabled")
+        trainings.train(server, "disabled", "logger.mode=disabled")
         assert not server.requests
-
-    class Trouble(Callback):
-        """Lets the server answer with errors after step 1 and not at all after step 2, and closes
-        it after step 3."""
-
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            server.answer = {1: "error", 2: "nothing"}.get(trainer.global_step, server.answer)
-            if trainer.global_step == 3:
-                server.close()
-
-    plain, wandb_logger.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
-    run.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
-    server = WandbServer()
-    said = training(server, "trouble", "logger.mode=auto")
-    run.build_callbacks = plain
-
-    with wandb_server() as server:
-        command(server, *said.rpartition("to upload all of it: ")[2].splitlines()[0].split())
-        report("uploaded", server)
-
-    wandb_logger.INIT_TIMEOUT_S = 2.0
-    for answer in ("error", "nothing"):
-        with wandb_server() as server:
-            server.answer = answer
-            training(server, f"{answer} from the start", "logger.mode=auto")
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("wire")
-    ended, *said = python(
-        *("-m", __name__, str(folder)), cwd=ROOT, env=environment(), timeout_s=LONGEST_S + 60
-    )
-    (folder / "scenario.log").write_text("".join(said))
-    assert ended == 0, said
-    assert not [
-        path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()
-    ]
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-
-
-def warnings(report: dict[str, Any]) -> list[str]:
-    """Return the lines that say that something went wrong; the printed config and summary have
-    other words with `error`."""
-    lines = report["said"].splitlines()
-    return [line for line in lines if "warn" in line.lower() or line.lower().startswith("error")]
-
-
-def column(run: dict[str, Any], metric: str) -> list[Any]:
-    return [row[metric] for row in run["history"] if metric in row]
-
-
-def losses(run: dict[str, Any]) -> list[list[Any]]:
-    return [column(run, name) for name in ("train/loss", "val/loss")]
-
-
-def of_type(report: dict[str, Any], *types: str) -> list[dict[str, Any]]:
-    return [artifact for artifact in report["artifacts"] if artifact["type"] in types]
+    return reports_of(__name__, tmp_path_factory.mktemp("wire"))
 
 
 def test_a_run_arrives_complete(reports):
@@ -329,52 +207,13 @@ def test_a_resumed_run_is_the_same_run(reports):
     assert not warnings(reports["resumed"])
 
 
-def test_an_offline_run_is_synced_completely(reports):
-    assert not reports["offline"]["runs"]
-    report = reports["synced"]
-    assert report["code"] == 0, report["said"]
-    assert "wandb sync " in reports["offline"]["said"], "the run says how"
-    (arrived,), (online,) = report["runs"], reports["online"]["runs"]
-    for key in ("project", "group", "tags", "exit_code"):
-        assert arrived[key] == online[key]
-    assert losses(arrived) == losses(online)
-    for kind in ("model", "dataset"):
-        (artifact,), (of_online,) = of_type(report, kind), of_type(reports["online"], kind)
-        assert artifact["committed"] and artifact["files"].keys() == of_online["files"].keys()
-
-
-def result(report: dict[str, Any]) -> dict[str, Any]:
-    measured = ("run_dir", "tokens_per_s", "model_tflops", "peak_host_gib")
-    return {key: value for key, value in report["summary"].items() if key not in measured}
-
-
-@pytest.mark.parametrize(
-    "name", ["online", "offline", "trouble", "error from the start", "nothing from the start"]
-)
-def test_logging_changes_no_result(name, reports):
-    assert result(reports[name]) == result(reports["disabled"])
-
-
 def test_disabled_logging_sends_and_writes_nothing(reports):
     assert not reports["disabled"]["runs"] + reports["disabled"]["artifacts"]
     assert not list(Path(reports["disabled"]["summary"]["run_dir"]).glob("wandb*"))
 
 
-def test_errors_then_no_answer_then_no_server_cause_one_warning(reports):
-    (warning,) = warnings(reports["trouble"])
-    assert warning.startswith("warning: Weights & Biases receives nothing more of this run: ")
-    assert list(Path(warning.split()[-1]).glob("run-*.wandb")), "this can be sent later"
-
-
-def test_the_command_of_the_warning_uploads_every_row_once(reports):
-    (arrived,), (online,) = reports["uploaded"]["runs"], reports["online"]["runs"]
-    assert losses(arrived) == losses(online)
-
-
-@pytest.mark.parametrize("answer", ["error", "nothing"])
-def test_a_server_that_is_broken_from_the_start_causes_one_warning(answer, reports):
-    (warning,) = warnings(reports[f"{answer} from the start"])
-    assert "goes offline" in warning
+def test_logging_changes_no_result(reports):
+    assert result(reports["online"]) == result(reports["disabled"])
 
 
 if __name__ == "__main__":
