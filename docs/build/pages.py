@@ -12,7 +12,6 @@ docs/results/archive.md is written by hand: a row for each page that was taken o
 docs/figures are read by `scmoe simulate testbed`.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,11 +81,11 @@ def pictures() -> dict[str, Callable[[Path], None]]:
     drawings: dict[str, Callable[[Path], None]] = {
         draw.__name__: draw for draw in (*EXPLAINED.values(), *CONCEPTS)
     }
-    for name in read(CONDITIONS):
+    for name in readme.read(CONDITIONS):
         if (report := PAGES / f"{name}.json").exists():
-            drawings[name] = partial(draw_of(name), read(report))
+            drawings[name] = partial(draw_of(name), readme.read(report))
         elif (table := RESULTS / name / "results.json").exists():
-            results = read(table)
+            results = readme.read(table)
             drawings[name] = partial(draw_differences, results)
             if len(results["equal_time"]) > 1:
                 drawings[f"{name}-equal-time"] = partial(draw_equal_time, results)
@@ -156,7 +155,10 @@ def with_part(path: Path, part: str) -> str:
 
 
 def experiments() -> list[Experiment]:
-    return [Experiment(name, *page_and_data(name, said)) for name, said in read(CONDITIONS).items()]
+    return [
+        Experiment(name, *page_and_data(name, said))
+        for name, said in readme.read(CONDITIONS).items()
+    ]
 
 
 def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -164,13 +166,13 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
     values."""
     results, page = RESULTS / name / "results.json", RESULTS / f"{name}.md"
     if results.exists():
-        return results.with_name("table.md"), *of_a_table(said, read(results))
+        return results.with_name("table.md"), *of_a_table(said, readme.read(results))
     if name == FIGURE_8.name:
         scenarios = [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]
         return page, said, {"scenarios": scenarios}
     if name == two_batches.NAME:
         return page, said, {"reports": two_batches.read_reports(PAGES, HEADLINE)}
-    data = read(PAGES / f"{name}.json")
+    data = readme.read(PAGES / f"{name}.json")
     if name == "figure-13":
         data["paper"] = figure_13.PAPER_MODELS
     elif "wanted_share" in data and (printed := speed_chart.printed_speedups(data)):
@@ -283,10 +285,6 @@ def scenario_tables(data: dict[str, Any]) -> list[Report]:
 
 def tables_of_halves(data: dict[str, Any]) -> list[Report]:
     return two_batches.tables(data["reports"])
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 TABLES = {  # by the first words of an experiment's name

@@ -51,9 +51,9 @@ of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).
 5. **In quality: no gain of the shortcut is shown.** At equal tokens Pos-2's loss is top-2's \
 within {margin} nats (TOST, p {equal_p:.3f}). At equal time it is {gain:+.3f} nats from top-2's, \
-and a shared expert's {shared_gain:+.3f}. The shortcut's own part is {own_gain:+.3f} (p {own_p:.2f} \
-if speeds are exact); uncertain speeds widen the shared expert's interval by {spread:.3f} ({seeds} \
-seeds of [a small twin of Table 3](docs/results/{table}/table.md)).
+and a shared expert's {shared_gain:+.3f}. The shortcut's own part is {own_gain:+.3f} \
+(p {own_p:.2f} if speeds are exact); uncertain speeds widen the shared expert's interval by \
+{spread:.3f} ({seeds} seeds of [a small twin of Table 3](docs/results/{table}/table.md)).
 
 """
 

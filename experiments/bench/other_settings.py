@@ -136,7 +136,6 @@ class TimelineSetting:
     share: Share = 0.52
     ranks: int = 2
     compute: Compute = "emulated"
-    position: Literal["pos1", "pos2", "pos3"] = "pos2"
 
     def __post_init__(self) -> None:
         check_ranks(self.ranks)

@@ -40,15 +40,14 @@ class VariantTimes(NamedTuple):
     """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank
     in each.
 
-    cpu: processor time of the process. train_forward, update: parts of `train`, the first of all
-    batches of a step.
+    cpu_forward: processor time of the process. train_forward, update: parts of `train`, the first
+    of all batches of a step.
     """
 
     forward: Any
     train: Any
     train_forward: Any
     cpu_forward: Any
-    cpu_train: Any
     update: Any = 0.0
 
     @property
@@ -152,7 +151,7 @@ class Bench:
         forward, cpu_forward = self.forward(variant)
         step = self.steps[variant.block]
         dist.barrier()
-        t0, c0 = self.time()
+        t0, _ = self.time()
         in_forward = 0.0
         for batch in range(1, self.setting.accumulate + 1):
             keeps = batch < self.setting.accumulate or variant.transfers == "alone"
@@ -163,12 +162,12 @@ class Bench:
                 step.backward(y, torch.ones_like(y))
         t2, _ = self.time()
         step.update()
-        t3, c3 = self.time()
+        t3, _ = self.time()
         step.model.zero_grad()
         self.x.grad = None
         self.iterations += 1
         self.turns[variant] += 1
-        return VariantTimes(forward, t3 - t0, in_forward, cpu_forward, c3 - c0, t3 - t2)
+        return VariantTimes(forward, t3 - t0, in_forward, cpu_forward, t3 - t2)
 
     def rounds(
         self, variants: Iterable[Variant], rounds: int, what: str = ""

@@ -6,6 +6,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Kind = Literal["forward", "train"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Figures = TypeVar("Figures")
 BESIDE = {"beside": True}  # of a field whose figures stand in a report beside those of its row
 
@@ -73,8 +74,7 @@ def part_of(kind: Any) -> Any:
 class LoadFigures:
     """What a load costs a row, beside the balanced one in the same rounds (uneven.py).
 
-    balanced: figures of the row at the balanced load. dropped: share of the copies.
-    max_over_mean_...: how uneven the routing is (loads.imbalance).
+    dropped: share of the copies. max_over_mean_...: how uneven the routing is (loads.imbalance).
     """
 
     over_balanced_forward: float
@@ -82,7 +82,6 @@ class LoadFigures:
     over_balanced_quartiles: list[float]
     straggler_forward: float
     straggler_train: float
-    balanced: dict[str, Any]
     max_over_mean_ranks: float
     max_over_mean_experts: float
     max_over_mean_tokens: float
@@ -94,7 +93,7 @@ class Row:
     """A row of blocks at its best schedule: times are medians, speed-ups are over sequential top-2.
 
     auto: of the schedule that the planner has chosen. inside_gain: what experts inside attention
-    gain; None: the window has no attention. measured_over_model: None where there is no model.
+    gain; None: the window has no attention.
     auto_slots: of each block, where every block has an MoE. The gradients are those of an
     iteration; limit_train and of_limit are known on links with a rate. over_best_...: what the row
     gains over other models (row_figures.py). peak_mb: memory of a step beyond what is allocated
@@ -119,7 +118,6 @@ class Row:
     peak_mb: float
     links: str
     compute: str
-    measured_over_model: float | None = None
     inside_attention: bool = False
     auto_inside_attention: bool = False
     inside_gain: dict[str, Any] | None = None
@@ -149,9 +147,9 @@ class Row:
         return self.forward_quartiles if kind == "forward" else self.train_quartiles
 
 
-def rows_of(report: Mapping[str, Any]) -> dict[str, Row]:
-    """Return the rows of a report of `bench overlap`."""
-    return {name: from_json(Row, row) for name, row in report["rows"].items()}
+def rows_of(report: Mapping[str, Any], kind: type[Any] = Row) -> dict[str, Any]:
+    """Return the rows of a report, of `bench overlap` or with rows of another kind."""
+    return {name: from_json(kind, row) for name, row in report["rows"].items()}
 
 
 def table_cells(rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:

@@ -28,9 +28,8 @@ from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.choice import ModelChoice
-from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
+from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import ModelSchedule, Schedule
-from scmoe.schedule.stack import half_of, waiting_time
 from scmoe.training.assembly.blocks import FAMILY_PARTS, stack
 
 
@@ -157,22 +156,6 @@ def chosen_by(choice: ModelChoice, block: str, load: str) -> Variant:
         if variant.block_schedules(schedules) == schedules
         else replace(variant, schedules=tuple(schedules))
     )
-
-
-def planned_windows(variant: Variant, choice: ModelChoice) -> list[tuple[Schedule, OperatorTimes]]:
-    """Return the schedule of each block of a row, and the times of its operators as the planner has
-    measured them."""
-    schedules = variant.block_schedules(choice.schedule.blocks)
-    layers = zip(schedules, choice.layers, strict=True)
-    return [(schedule, layer.times[schedule.chunks]) for schedule, layer in layers]
-
-
-def modelled_wait(variant: Variant, choice: ModelChoice) -> float:
-    """Return how long the blocks of a row wait for transfers by the model, forward and backward."""
-    windows = planned_windows(variant, choice)
-    if variant.batches_in_flight == 2:
-        return waiting_time([(schedule, half_of(times)) for schedule, times in windows])
-    return sum(exposed_time(*each) for each in windows)
 
 
 def placed(schedule: Schedule, like: Schedule) -> Schedule:

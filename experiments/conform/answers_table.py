@@ -44,12 +44,11 @@ def table_lines() -> list[str]:
         }
         asked["others" if "others" in who else "scmoe" if who else "nobody"].append(name)
     names = {who: "; ".join(of_them) for who, of_them in asked.items()}
-    return [
-        *table,
-        "",
+    others = (
         f"Nobody who was asked failed in: {names['others']}. Only scmoe was asked, and passed:"
-        f" {names['scmoe']}. Nobody was asked: {names['nobody']}.",
-    ]
+        f" {names['scmoe']}. Nobody was asked: {names['nobody']}."
+    )
+    return [*table, "", others]
 
 
 def cell(of_places: dict[str, dict[str, Any]]) -> str:

@@ -1,5 +1,5 @@
-"""The figures of the paper that show measurements, by their numbers. (README's table of speed-ups is
-written by docs/build/readme.py.)
+"""The figures of the paper that show measurements, by their numbers. README's table of speed-ups is
+written by docs/build/readme.py.
 
 Fig. 1 and 8, how much time All-to-All takes and what hiding it gains, are drawn from reports of
 `bench overlap`: one for each of the paper's hardware scenarios, which is emulated by its share of

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from experiments.bench.row import Row
+from experiments.bench.row import KINDS, Row
 from experiments.simulate.reports import Calibration, Measured
 from experiments.simulate.rows import Predicted, predict_row, predict_sequential
 from experiments.simulate.testbed_checks import (
@@ -124,20 +124,15 @@ def speedups(
     row: Row, known: Row | None, sequential: Predicted, predicted: Predicted
 ) -> Iterator[Figure]:
     """Yield a row's speed-ups over sequential top-2. known: the row in the calibrating report."""
-    yield Figure(
-        "forward",
-        row.forward_speedup,
-        sequential.forward / predicted.forward,
-        1.0 if known is None else known.forward_speedup,
-        sequential.forward / predicted.free_forward,
-    )
-    yield Figure(
-        "train",
-        row.train_speedup,
-        sequential.train / predicted.train,
-        1.0 if known is None else known.train_speedup,
-        sequential.train / predicted.free_train,
-    )
+    for kind in KINDS:
+        slow = getattr(sequential, kind)
+        yield Figure(
+            kind,
+            row.speedup(kind),
+            slow / getattr(predicted, kind),
+            1.0 if known is None else known.speedup(kind),
+            slow / getattr(predicted, f"free_{kind}"),
+        )
 
 
 def over_balanced(row: Row, uneven: Predicted, even: Predicted) -> Figure:

@@ -1,7 +1,8 @@
 """Defines the configuration: a tree of frozen dataclasses, whose fields have types, defaults, units
 and ranges.
 
-`training/assembly/` is the only reader. `model_fields.py` has the sections of what is trained,
+models, blocks, moe, schedule, planning, parallel, lightning and inference do not read it:
+`training/assembly/` builds them from it. `model_fields.py` has the sections of what is trained,
 `rules.py`, `trainer_rules.py` and `unread.py` say which values fit together, `derived.py` what
 follows from them, `load.py` fills the tree from YAML and the command line, `leaves.py` walks it,
 `help.py` prints it.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from scmoe.conform.adapter import RATE, Adapter, ByExpert, ByName, LowRank, Read
-from scmoe.conform.plain import Plain, Weights
+from scmoe.conform.plain import Plain, Weights, leaf
 
 
 def plain_adapter(plain: Plain, given: Weights) -> Adapter:
@@ -55,7 +55,7 @@ def plain_adapter(plain: Plain, given: Weights) -> Adapter:
                 p.requires_grad_(False)
 
     def lora(factors: dict[int, LowRank]) -> None:
-        low_rank.update({i: LowRank(*map(_leaf, pair)) for i, pair in factors.items()})
+        low_rank.update({i: LowRank(*map(leaf, pair)) for i, pair in factors.items()})
 
     return Adapter(
         forward=forward,
@@ -69,7 +69,3 @@ def plain_adapter(plain: Plain, given: Weights) -> Adapter:
         lora=lora,
         plain=plain,
     )
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.clone().requires_grad_()

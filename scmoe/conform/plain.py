@@ -84,10 +84,10 @@ class Plain:
         names = {"swiglu": ("gate", "up", "down"), "identity": ()}
         used = names.get(self.activation, ("up", "down"))
         experts = {
-            i: {name: _leaf(expert[name]) for name in used} for i, expert in weights.experts.items()
+            i: {name: leaf(expert[name]) for name in used} for i, expert in weights.experts.items()
         }
-        return Weights(_leaf(weights.projection), _leaf(weights.router), experts)
+        return Weights(leaf(weights.projection), leaf(weights.router), experts)
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
     return tensor.clone().requires_grad_()

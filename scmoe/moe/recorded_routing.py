@@ -15,7 +15,6 @@ of the preceding layer's representation, then that of the current one. T and K m
 layers, as between the stages of SwinV2.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,13 +103,3 @@ def _read_file(path: Path) -> Recorded:
                 f" {num_experts}."
             )
     return Recorded(steps, ids, num_experts, num_ranks)
-
-
-def selected(recorded: Recorded, steps: Sequence[int]) -> Recorded:
-    """Return some of the steps. ValueError: one of them is not recorded."""
-    if missing := sorted({*steps} - {*recorded.steps}):
-        raise ValueError(
-            f"step {missing[0]} is not recorded, allowed: {', '.join(map(str, recorded.steps))}"
-        )
-    rows = [recorded.steps.index(step) for step in steps]
-    return recorded._replace(steps=[*steps], ids=[ids_STK[rows] for ids_STK in recorded.ids])

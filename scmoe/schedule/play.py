@@ -143,7 +143,7 @@ def in_turns(batches: Sequence[Sequence[Action]]) -> list[Action]:
 def beside_backward(schedules: Sequence[Schedule]) -> list[Action]:
     """Return the order of a batch's forward beside the backward of the batch before it, as
     Megatron-Core and DualPipe run them. The layers of backward are numbered behind those of
-    forward, as in `with_backward`."""
+    forward: their times and loads are those of backward."""
     forward = order_of(schedules)
     backward = [
         action._replace(half=1, layer=len(schedules) + action.layer) for action in mirror(forward)
@@ -179,13 +179,6 @@ def actions_of(half: int, layer: int, schedule: Schedule, sequential: bool = Fal
 def mirror(order: Sequence[Action]) -> list[Action]:
     """Return backward's order. Its first transfers are those of combine's gradients."""
     return [action.mirrored() for action in reversed(order)]
-
-
-def with_backward(order: Sequence[Action], layers: int) -> list[Action]:
-    """Return the order of a step: backward begins on a rank where its forward ends. In it, a block
-    of so many has the place behind all of them: its times and load there are those of backward."""
-    back = [action._replace(layer=layers + action.layer) for action in mirror(order)]
-    return [*order, *back]
 
 
 # ---------------------------------------------------------------------- playing

@@ -1,15 +1,15 @@
 """A stack of blocks with several batches in flight, in seconds (play.py).
 
-Rows are even, and halves have half the rows. What products of half the rows cost beyond half the
-time must be measured (`half_of`). The announcement of numbers of rows is left out, and so are the
-transfers inside DGMoE's current half.
+Rows are even, and halves have half the rows. Left out are: what products of half the rows cost
+beyond half the time, unless the times of halves are measured; the announcement of numbers of rows;
+the transfers inside DGMoE's current half.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from scmoe.schedule.cost import OperatorTimes, computing_time, per_chunk
-from scmoe.schedule.play import BEFORE, TRANSFERS, Span, elapsed, mirror, order_of, play
+from scmoe.schedule.play import BEFORE, Span, elapsed, mirror, order_of, play
 from scmoe.schedule.schedule import Schedule
 
 Layers = Sequence[tuple[Schedule, OperatorTimes]]
@@ -30,15 +30,11 @@ def play_stack(
     return play(order, times)[0]
 
 
-def half_of(times: OperatorTimes, longer: float = 1.0) -> OperatorTimes:
-    """Return the times of half the rows, from those of all rows. longer: by what factor computing
-    all rows takes longer in two halves."""
+def half_of(times: OperatorTimes) -> OperatorTimes:
+    """Return the times of half the rows, from those of all rows: half of each."""
 
     def half(whole: Mapping[str, float]) -> dict[str, float]:
-        return {
-            operator: seconds / 2 * (1.0 if operator in TRANSFERS else longer)
-            for operator, seconds in whole.items()
-        }
+        return {operator: seconds / 2 for operator, seconds in whole.items()}
 
     return OperatorTimes(half(times.forward), half(times.backward))
 

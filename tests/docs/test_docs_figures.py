@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.build import readme
+from docs.build import readme, two_batches
 from docs.build.pages import HEADLINE, PAGES, RESULTS, with_part
 from scmoe.config.leaves import ConfigError
 
@@ -45,6 +45,11 @@ def test_the_words_of_readmes_answers_are_true(facts):
     assert same_model == {"top2_two"} and facts["same"][0] > 1.05
     assert other_models == {"shared_expert_two"} and low < 1 < high
     assert facts["rows_over_gradients"] < 1 and facts["few_tokens"] < 0.95
+    assert facts["large_share"] > 0.6 and max(facts["at_large_share"].values()) < 1
+    for report in two_batches.read_reports(ROOT / PAGES, HEADLINE):
+        if report["tokens"] <= 512:
+            gain = report["rows"]["scmoe_pos2"]["over_best_without_another_model"]
+            assert gain["train"]["median"] < 1
     assert facts["equal_p"] < 0.05, "equal within the margin"
     assert facts["gain"] < facts["shared_gain"] < facts["own_gain"] < 0
     assert abs(facts["own_gain"]) < facts["spread"], "the speeds are not exact enough to show it"

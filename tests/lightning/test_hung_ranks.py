@@ -125,6 +125,8 @@ def test_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_p
 # The train command with a rank that fails. argv: how, that rank, where, in which call, then the
 # command's arguments.
 FAILING = """
+import gc
+gc.disable()  # imports would make it look for garbage
 import importlib, inspect, os, sys
 how, rank, place, turn = sys.argv[1:5]
 module, _, path = place.partition(":")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count
-from scmoe.moe.recorded_routing import Recorded, read_routing, selected, shape_of, write_routing
+from scmoe.moe.recorded_routing import Recorded, read_routing, shape_of, write_routing
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -59,9 +59,6 @@ def test_a_folder_is_read_as_one_file(tmp_path):
         for layer in zip(*(recorded.ids for recorded in files.values()), strict=True)
     ]
     assert_same(found, Recorded([0, 5, 10], together, 4, 3))
-    assert_same(selected(found, [5]), files[5])
-    with pytest.raises(ValueError, match="step 6 is not recorded, allowed: 0, 5, 10"):
-        selected(found, [6])
 
 
 BROKEN = {

@@ -172,7 +172,7 @@ def test_a_load_s_memory_is_that_of_the_busiest_rank_s_rows():
 
     def memory(load):
         request = Request(read_asked("quickstart", ["moe.capacity_factor=null"]), load=load)
-        job, models = counted_on(profile, request)
+        job, models = counted_on(profile, request, "top2")
         return job, models["top2"].memory(8, 1, InFlight.ONE)
 
     job, even = memory("balanced")
@@ -315,8 +315,6 @@ def test_a_list_of_values_has_the_advice_of_each_and_a_picture(monkeypatch, tmp_
     facts = json.loads(out.splitlines()[-1])
     assert facts["key"] == "samples" and {*facts["values"]} == {"1", "4"}
     assert (tmp_path / "runs/advise.png").stat().st_size > 10_000 and "runs/advise.png" in err
-    assert call(*words, "samples=4") == 0
-    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == facts["values"]["4"]
     assert call(*words, "samples=1,4", "ranks=4,8") == 2, "one key alone"
 
 
@@ -341,7 +339,8 @@ def test_a_job_of_which_nothing_fits_is_told_what_needs_less(capfd):
     ids=str,
 )
 def test_jobs_as_people_have_them(words, key, capfd):
-    usual = ("cluster=2x8xA800", "model.layers=4", "data.global_batch_size=128")
+    layers = "model.layers=4" if "stage_layers=2" in words else "model.layers=2"
+    usual = ("cluster=2x8xA800", layers, "data.global_batch_size=128")
     assert call("advise", "quickstart", *usual, *words, "ep=8") == 0
     facts = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert key in facts["rows"]
@@ -393,7 +392,7 @@ def test_a_row_of_a_token_for_each_node_is_counted_with_the_copies_of_each_model
         request = Request(
             read_asked("gpt2_moe_small_tiny", words), ep_size=16, samples=8, copies=copies
         )
-        job, models = counted_on(profile, request)
+        job, models = counted_on(profile, request, "top2", "shared_expert")
         simulator = Simulator(profile.machine(), job)
         for name in ("top2", "shared_expert"):
             blocks, _ = simulator.blocks(models[name], 16)

@@ -30,11 +30,11 @@ def test_the_batch_of_a_config_is_that_of_all_ranks():
 def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
     profile = read_profile("8xA30-PCIe", [])
     request = Request(read_asked("gpt2_moe_small", ["model.layers=2"]), ep_size=8)
-    job, models = counted_on(profile, request)
+    job, models = counted_on(profile, request, "top2")
     assert job.accumulate == 1
     needed = models["top2"].memory(8, 1, InFlight.ONE)
     less = overridden(profile, [f"cluster.memory_gb={0.7 * needed / 1e9}"])
-    other, smaller = counted_on(less, request)
+    other, smaller = counted_on(less, request, "top2")
     assert other.accumulate == 2 and other.tokens == job.tokens
     assert smaller["top2"].memory(8, 1, InFlight.ONE) <= less.memory
     given = replace(request, samples=16)

@@ -57,7 +57,13 @@ def test_the_peak_of_a_known_card_is_its_datasheet_s():
 def test_a_single_card_has_no_links_and_can_be_advised():
     profile = profile_of([CARD], True, "NVIDIA H100 80GB HBM3")
     assert "links.node.gb_s" not in profile.guesses
-    job, models = counted_on(profile, Request(read_asked("quickstart", ["model.layers=2"])))
+    job, models = counted_on(
+        profile,
+        Request(read_asked("quickstart", ["model.layers=2"])),
+        "top2",
+        "shared_expert",
+        "scmoe_pos2",
+    )
     advice = advise([models["top2"], models["shared_expert"], models["scmoe_pos2"]], profile, job)
     assert job.ep_sizes == (1,)
     for row in advice.rows.values():

@@ -1,11 +1,20 @@
 """The models that `scmoe advise` compares, counted once for several tests."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
+from scmoe.loads import load_of
 from scmoe.predict.asked_config import read_asked
 from scmoe.predict.cluster import Profile, read_profile
-from scmoe.predict.compared_models import Model, job_of, models_for
+from scmoe.predict.compared_models import (
+    Model,
+    architectures,
+    counted_model,
+    ffn_dim_of,
+    job_of,
+    shared_width,
+)
 from scmoe.predict.judged_job import Job, Request
 
 # four samples of each of eight ranks
@@ -13,11 +22,19 @@ QUICK_WORDS = ("model.layers=4", "data.global_batch_size=32")
 QUICK = Request(read_asked("quickstart", QUICK_WORDS))
 
 
-def counted_on(profile: Profile, request: Request) -> tuple[Job, dict[str, Model]]:
-    """Return the job of a request, and its models by name, top1 among them."""
+def counted_on(profile: Profile, request: Request, *names: str) -> tuple[Job, dict[str, Model]]:
+    """Return the job of a request, and its models by name, as `models_for` makes them. names: of
+    those that are counted; none: all, top1 among them."""
     job = job_of(request, profile)
-    models = models_for(job, profile, request.load, top1=True)
-    return job, {model.name: model for model in models}
+    config = job.config
+    load = load_of(request.load)
+    return job, {
+        name: counted_model(
+            name, replace(config, moe=moe), profile, load, shared_width(config), job.sizes
+        )
+        for name, moe in architectures(config.moe, ffn_dim_of(config))
+        if not names or name in names
+    }
 
 
 @cache

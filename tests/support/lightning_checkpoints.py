@@ -43,7 +43,7 @@ def saving(runs: Runs, **how: Any) -> dict[str, Any]:
 
 def resumed(runs: Runs, make: Callable[[], Net], step: int = 6, **how: Any) -> list[Any]:
     """Return a training, and one that goes on from a checkpoint of it."""
-    whole = runs.fit(make(), **saving(runs), **how)
+    whole = runs.fit(make(), **saving(runs, every_n_train_steps=step), **how)
     return [whole, runs.fit(make(), ckpt_path=runs.folder / f"step={step}.ckpt", **how)]
 
 

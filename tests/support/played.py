@@ -22,10 +22,10 @@ from scmoe.schedule.play import (
     Share,
     Span,
     elapsed,
+    mirror,
     order_of,
     play,
     shares,
-    with_backward,
 )
 from scmoe.schedule.schedule import ATTENTION_PARTS, POSITIONS_OF, SUBLAYERS, Schedule
 
@@ -90,7 +90,10 @@ def play_step(
         per_chunk(schedule, {**each, BEFORE: sum(each[operator] for operator in before)})
         for each in (times.forward, times.backward)
     ]
-    order = with_backward(order_of([schedule], sequential=sequential), layers=1)
+    forward_order = order_of([schedule], sequential=sequential)
+    # backward is played as a block behind the first one
+    backward_order = [action._replace(layer=1) for action in mirror(forward_order)]
+    order = [*forward_order, *backward_order]
     spans_R = play(order, directions, [[rows] * schedule.chunks] * 2)
     forward, backward = (
         [[span for span in spans if span.layer == direction] for spans in spans_R]

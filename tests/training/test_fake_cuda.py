@@ -31,8 +31,8 @@ def cases():
     other. Each architecture meets every pair of the choices, but precision and ranks only together
     with its neighbour.
 
-    In `make test` GPT has one precision on one rank and LLaMA the other one on four; those of BOTH
-    meet every choice.
+    In `make test` LLaMA has every architecture, on four ranks, and GPT has the dense one and those
+    of BOTH, which meet every choice.
     """
     found = []
     for i, (name, (words, streams)) in enumerate(ARCHITECTURES.items()):
@@ -59,7 +59,7 @@ def cases():
             quick = (
                 name in OF_SWIN
                 if family == "swin"
-                else family == "llama" or p == i % 2 or name in BOTH
+                else family == "llama" or name in BOTH or (name == "dense" and p == i % 2)
             )
             marks = () if quick else pytest.mark.faults
             found.append(
@@ -93,7 +93,11 @@ def test_a_training_step_stays_on_its_device(device, record_property, words, ran
     ("words", "graphs"),
     [
         ("gpt position=pos2 trainer.precision=bf16-mixed", 3),  # attention, MLP, shared expert
-        ("llama architecture=dgmoe position=pos2 trainer.recompute=true", 2),
+        pytest.param(
+            "llama architecture=dgmoe position=pos2 trainer.recompute=true",
+            2,
+            marks=pytest.mark.faults,
+        ),
         # attention that adds to its own input, in the first block, and to another one; shared
         # expert
         pytest.param("gpt architecture=farskip every=1 top_k=2", 3, marks=pytest.mark.faults),

@@ -19,13 +19,12 @@ from experiments.bench.overlap.limits import (
 )
 from experiments.bench.overlap.rounds import Measurement, PlannedRow, block_seconds
 from experiments.bench.rank_bench import VariantTimes
-from experiments.bench.row import Kind, Row
-from experiments.bench.stacks import Variant, between_and_inside, modelled_wait
+from experiments.bench.row import KINDS, Kind, Row
+from experiments.bench.stacks import Variant, between_and_inside
 from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import TWO
 from scmoe.schedule.cost import overlap_efficiency
 
-KINDS: tuple[Kind, ...] = ("forward", "train")
 OVER_BEST = {
     "over_best_without_another_model": ("top2",),
     "over_best_without_shortcut": ("top2", "shared_expert"),
@@ -42,7 +41,6 @@ def measured_row(measured: Measurement, name: str) -> Row:
     sequential = block_seconds(measured, block, "sequential")
     free = block_seconds(measured, block, "free")
     forward, train = top2.forward / best.forward, top2.train / best.train
-    exposed = setting.accumulate * modelled_wait(row.best, row.choice)
     figures = Row(
         forward_ms=1e3 * median(best.forward),
         train_ms=1e3 * median(best.train),
@@ -63,7 +61,6 @@ def measured_row(measured: Measurement, name: str) -> Row:
         auto_chunks=chosen.chunks,
         auto_over_best=over_best_finalist(row.chosen, row.finalists, measured.times),
         auto_of_both=auto_of_both(measured, name),
-        measured_over_model=median(best.train) / (median(free.train) + exposed),
         batches_in_flight=row.best.batches_in_flight,
         peak_mb=row.peak_mb,
         peak_over_one_batch=(

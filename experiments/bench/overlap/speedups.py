@@ -139,7 +139,6 @@ def summary(measured: Measurement, balanced: Measurement | None = None) -> dict[
         "limit_forward": limit_forward(measured),
         "limit_train": median(sequential.train / least),
         "transfer_cpu_ms_forward": median(1e3 * sequential.cpu_forward - 1e3 * free.cpu_forward),
-        "transfer_cpu_ms_train": median(1e3 * sequential.cpu_train - 1e3 * free.cpu_train),
     }
     if printed := speed_chart.printed_speedups(report):
         report |= {"paper": printed.rows, "paper_source": printed.where}
@@ -162,37 +161,32 @@ def summary(measured: Measurement, balanced: Measurement | None = None) -> dict[
         }
     if setting.layout is not None:
         report["layout"] = setting.layout
-    report |= fastest_rows(measured, rows)
+    report |= fastest_scmoe(measured, rows)
     if "top2" in rows:
         report["top2_operators_ms"] = operators_ms(measured.rows["top2"].choice.layers[0].times[1])
         report["calibration"] = calibration_of(balanced or measured)
     return {**report, "rows": to_json(rows)}
 
 
-def fastest_rows(measured: Measurement, rows: Mapping[str, Row]) -> dict[str, Any]:
-    """Return the fastest row in inference and, of ScMoE's rows, the fastest in training, if there
-    is one: its name, and its speed over that of each row."""
+def fastest_scmoe(measured: Measurement, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Return the fastest of ScMoE's rows in training: its name, and its speed over that of each
+    row. Empty without such a row."""
+    scmoe = [name for name in rows if name.startswith("scmoe")]
+    if not scmoe:
+        return {}
     best = {name: measured.times[row.best] for name, row in measured.rows.items()}
-    fastest = max(rows, key=lambda name: rows[name].forward_speedup)
-    over_fastest = {
-        name: median(seconds.forward / best[fastest].forward) for name, seconds in best.items()
-    }
-    fastest_of: dict[str, Any] = {"fastest_forward": {"row": fastest, "over": over_fastest}}
-    if scmoe := [name for name in rows if name.startswith("scmoe")]:
-        quickest = min(scmoe, key=lambda name: rows[name].train_ms)
-        forward = {
+    quickest = min(scmoe, key=lambda name: rows[name].train_ms)
+    over = {
+        "forward": {
             name: all_quartiles(seconds.forward / best[quickest].forward)
             for name, seconds in best.items()
-        }
-        train = {
+        },
+        "train": {
             name: all_quartiles(seconds.train / best[quickest].train)
             for name, seconds in best.items()
-        }
-        fastest_of["fastest_scmoe"] = {
-            "row": quickest,
-            "over": {"forward": forward, "train": train},
-        }
-    return fastest_of
+        },
+    }
+    return {"fastest_scmoe": {"row": quickest, "over": over}}
 
 
 def calibration_of(balanced: Measurement) -> dict[str, Any]:

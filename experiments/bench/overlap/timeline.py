@@ -38,8 +38,8 @@ TIMELINES = {  # title: (block, transfers, numbers of chunks to choose from)
     "Top-2, sequential": ("top2", "sequential", (1,)),
     "Top-2, pipelined": ("top2", "overlapped", (2,)),
     "Shared expert, pipelined": ("shared_expert", "overlapped", (2,)),
-    "ScMoE {}, overlapped": ("{}", "overlapped", (1,)),
-    "ScMoE {}, overlapped and pipelined": ("{}", "overlapped", (2,)),
+    "ScMoE Pos-2, overlapped": ("pos2", "overlapped", (1,)),
+    "ScMoE Pos-2, overlapped and pipelined": ("pos2", "overlapped", (2,)),
 }
 
 
@@ -53,7 +53,7 @@ def bench_timeline(setting: TimelineSetting, out: Path) -> dict[str, Any]:
     pair = Setting(setting.share, compute=setting.compute, ranks=setting.ranks)
     out.mkdir(parents=True, exist_ok=True)
     rate, timelines, overlaps = run_ranks(
-        watch, pair.ranks, pair, setting.position, out, timeout_s=900, own_links=True
+        watch, pair.ranks, pair, out, timeout_s=900, own_links=True
     )[0]
     for direction in DIRECTIONS:
         machine = f"{pair.compute} compute, {pair.ranks} ranks, links of {rate:.0f} Mbit/s"
@@ -107,7 +107,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
 
 
 def watch(
-    rank: int, world_size: int, setting: Setting, position: str, out: Path
+    rank: int, world_size: int, setting: Setting, out: Path
 ) -> tuple[float, dict[str, Any], dict[str, Any]]:
     """Run on every rank. Return the rate (Bench.set_rate), spans in ms by direction and title, and
     `overlaps_of` the timelines.
@@ -120,10 +120,6 @@ def watch(
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
     overlapped: dict[str, LayerChoice] = {}
     for title, (block, transfers, chunks) in TIMELINES.items():
-        title, block = (
-            title.format(position.capitalize().replace("s", "s-")),
-            block.format(position),
-        )
         (choice,) = bench.choose(block, chunks).layers
         if transfers == "overlapped":
             overlapped[title] = choice

@@ -5,10 +5,6 @@ a load with the balanced one.
                     schedule that is best there, in the same round
     straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) -
                     1
-    model           T_free(balanced) and what the timeline of all ranks (schedule/play.py) adds to
-                    it, from the times of the operators at the balanced load and the rows of each
-                    rank. There is none where rows are dropped, or where ranks have different
-                    numbers of tokens
 
 Speed-ups are over sequential top-2 at the same load, and hidden shares have T_sequential and T_free
 at the same load.
@@ -20,19 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap.rounds import Measurement, block_seconds
-from experiments.bench.overlap.row_figures import measured_row
 from experiments.bench.row import LoadFigures, Row, rows_of
 from experiments.bench.setting import Setting
 from experiments.bench.speed_chart import OVER_TOP2, cells_with_gain, line_colors
-from experiments.bench.stacks import planned_windows
 from scmoe.charts import chart, heading
-from scmoe.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
+from scmoe.loads import BALANCED, Sizes, imbalance, load_of
 from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import PIPELINED, batches_of, name_of, way_of_row
 from scmoe.report import Report
-from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, per_chunk
-from scmoe.schedule.play import elapsed, order_of, play, shares, with_backward
-from scmoe.schedule.schedule import Schedule
 
 # of a row's line, by batches in flight and whether it is pipelined
 LINE_STYLES = {(1, False): "-o", (1, True): "--o", (2, False): "-.s", (2, True): ":s"}
@@ -51,22 +42,8 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
     block = setting.block_of(name)
     here = measured.rows[name]
     there = balanced.rows[name]
-    at_balance = measured_row(balanced, name)
     uneven = measured.times[here.best]
     even = measured.times[there.best]
-    load = load_of(measured.load)
-    modelled = None
-    one_batch = here.best.batches_in_flight == 1  # uneven halves are not played
-    if one_batch and load.kind != "ragged" and setting.layout in (None, "dropless"):
-        sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
-        windows = planned_windows(here.best, there.choice)
-        computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
-        took = [
-            sum(window_s(*w, load, sizes, setting.tokens, step) for w in windows)
-            for step in range(setting.rounds)
-        ]
-        added = setting.accumulate * (median(took) - computing)
-        modelled = median(block_seconds(measured, block, "free", BALANCED).train) + added
     free, even_free = (
         block_seconds(measured, block, "free", load_name) for load_name in (measured.load, BALANCED)
     )
@@ -77,36 +54,9 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
         straggler_forward=median(free.forward / even_free.forward) - 1,
         straggler_train=median(free.train / even_free.train) - 1,
         dropped=here.dropped,
-        balanced={
-            "overlap_forward": at_balance.overlap_forward,
-            "overlap_backward": at_balance.overlap_backward,
-            "forward_speedup": at_balance.forward_speedup,
-            "train_speedup": at_balance.train_speedup,
-            "slot": at_balance.slot,
-            "inside_attention": at_balance.inside_attention,
-            "chunks": at_balance.chunks,
-        },
         **made_by(setting, measured.load, block),
     )
-    over_model = None if modelled is None else median(uneven.train) / modelled
-    return replace(row, measured_over_model=over_model, at_load=figures)
-
-
-def window_s(
-    schedule: Schedule, times: OperatorTimes, load: Load, sizes: Sizes, tokens: int, step: int
-) -> float:
-    """Return the modelled seconds from the tap to the end of the block and back, in one step of a
-    load.
-
-    times: of the operators at the balanced load. tokens: of each rank."""
-    counts_PRE = counts_of(
-        load, sizes, [tokens] * sizes.ranks, load.phase(step, sizes.ranks), schedule.chunks
-    )
-    rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
-    shares_P = [shares(rows_RR) for rows_RR in rows_PRR]
-    order = with_backward(order_of([schedule]), layers=1)
-    directions = [per_chunk(schedule, each) for each in (times.forward, times.backward)]
-    return max(map(elapsed, play(order, directions, [shares_P, shares_P])))
+    return replace(row, at_load=figures)
 
 
 def tables(report: dict[str, Any]) -> list[Report]:

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
-from experiments.bench.row import BESIDE, from_json, to_json
+from experiments.bench.row import BESIDE, rows_of, to_json
 from experiments.bench.setting import Setting, pair_setting
 from experiments.bench.speed_chart import OVER_TOP2, line_colors
 from experiments.bench.training.taking_turns import Training
@@ -232,11 +232,6 @@ def measure(
     return MeasuredTrainings(median(rates[1:]), times, results)
 
 
-def trained_rows(report: Mapping[str, Any]) -> dict[str, TrainedRow]:
-    """Return the rows of a report."""
-    return {name: from_json(TrainedRow, row) for name, row in report["rows"].items()}
-
-
 def tables(report: dict[str, Any]) -> list[Report]:
     title = (
         "{config}, {steps} steps, {ranks} ranks, links of {link_mbit:.0f} Mbit/s; medians of"
@@ -253,7 +248,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "rows/gradients": "{rows_over_gradients:.2f}",
         "validation loss": "{val_loss:.3f}",
     }
-    rows = trained_rows(report)
+    rows = rows_of(report, TrainedRow)
     if any(row.exposed_rows_s is None for row in rows.values()):
         columns["exposed"] = "{exposed_s:.3f} s"
     if any(row.peak_mb is not None for row in rows.values()):
@@ -324,7 +319,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     with chart(path, 3.4 + 0.2 * len(report["rows"])) as figure:
         axis = figure.subplots()
         colors = line_colors(report["rows"])
-        for row, figures in trained_rows(report).items():
+        for row, figures in rows_of(report, TrainedRow).items():
             seconds, losses = np.asarray(figures.val_losses).T
             axis.plot(
                 seconds,

@@ -10,14 +10,12 @@ from experiments.bench.overlap.row_figures import over_best
 from experiments.bench.pairs import ROWS, default_schedule, usual_rows
 from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.setting import Setting
-from experiments.bench.stacks import Variant, chosen_by, modelled_wait
+from experiments.bench.stacks import Variant
 from experiments.bench.training.slow_network import ROWS_OF_TWO_BATCHES, TRAINED_ROWS, row_overrides
 from scmoe.command_line import call
 from scmoe.config.halved_batches import may_run_two_batches
 from scmoe.config.load import load_config
-from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.predict.row_names import architecture_of, batches_of
-from scmoe.schedule.cost import OperatorTimes, exposed_time
 from scmoe.schedule.schedule import Schedule
 
 
@@ -60,7 +58,7 @@ def test_the_rows_of_a_training_in_halves_differ_in_the_schedule_alone():
 
 def seconds(*train):
     train_s = np.array(train)
-    return VariantTimes(train_s / 3, train_s, train_s / 3, 0.0, 0.0)
+    return VariantTimes(train_s / 3, train_s, train_s / 3, 0.0)
 
 
 def test_a_row_is_compared_with_the_best_of_top_2_and_with_the_best_without_a_shortcut():
@@ -87,13 +85,3 @@ def test_a_row_is_compared_with_the_best_of_top_2_and_with_the_best_without_a_sh
     del rows["top2"], rows["top2_two"]
     alone = over_best(measured, "scmoe_pos2")  # type: ignore[arg-type]
     assert alone["over_best_without_another_model"]["train"]["best"] == "top2, sequential"
-
-
-def test_the_model_s_waits_are_those_of_the_row_s_batches_in_flight():
-    times = {1: OperatorTimes({"before": 8.0, "dispatch": 2.0, "experts": 1.0, "combine": 2.0})}
-    layer = LayerChoice(Schedule("top_k"), times, (0.0, 0.0))
-    choices = [ModelChoice((layer,), batches) for batches in (1, 2)]
-    one, two = (chosen_by(choice, "top2", "balanced") for choice in choices)
-    assert (one.batches_in_flight, two.batches_in_flight) == (1, 2)
-    assert modelled_wait(one, choices[0]) == exposed_time(Schedule("top_k"), times[1]) == 4.0
-    assert modelled_wait(two, choices[1]) == 2.0

@@ -66,7 +66,8 @@ def inside(function: str, ranks: int = 2) -> list[str]:
     """Return the command of a program that enters its own network and runs a function of this file
     on some ranks."""
     code = (
-        "import sys, json; from experiments.engine import links; links.enter(); "
+        "import gc, sys, json; gc.disable(); "
+        "from experiments.engine import links; links.enter(); "
         "from experiments.engine.ranks import PRELOADED, run_ranks; "
         "PRELOADED[2:] = ['scmoe.lightning.seam.launch']; "  # what a rank imports
         f"from tests.experiments.engine.test_links import {function}; "

@@ -42,7 +42,6 @@ def seconds(forward: float, train: float) -> VariantTimes:
         train=train * ROUNDS,
         train_forward=train * ROUNDS / 3,
         cpu_forward=forward * ROUNDS,
-        cpu_train=train * ROUNDS,
         update=0 * ROUNDS,
     )
 
@@ -98,8 +97,6 @@ def test_ratios_of_a_report_are_those_of_its_times():
         pytest.approx(1250 * 0.48),
         pytest.approx(1250 * 2.3),
     )
-    assert report["fastest_forward"]["row"].startswith("scmoe")
-    assert report["fastest_forward"]["over"]["top2"] == pytest.approx(1 / 0.48)
 
 
 def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
@@ -117,18 +114,6 @@ def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
     times[variants["early"]] = seconds(1.0, 1.0)._replace(train=0.8 + 0 * even)
     assert over_best_finalist(choice, finalists, times) == pytest.approx(1.25), (
         "a schedule that is faster in every round"
-    )
-
-
-def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
-    of_pair = report_of(0.52)["rows"]["top2"]["measured_over_model"]
-    iteration: dict[str, Any] = {"level": "iteration", "links": "loopback"}
-    of_two = report_of(0.52, **iteration)["rows"]["top2"]["measured_over_model"]
-    assert 2.5 / of_two - 2.3 == pytest.approx(2 * (2.5 / of_pair - 2.3)) and of_pair > of_two
-    accumulated = report_of(0.52, **iteration, accumulate=3)["rows"]["top2"]
-    assert 2.5 / accumulated["measured_over_model"] - 2.3 == pytest.approx(3 * (2.5 / of_two - 2.3))
-    assert report_of(0.52, every=1)["rows"]["top2"]["measured_over_model"] == of_two, (
-        "two blocks with an MoE each"
     )
 
 
@@ -197,7 +182,15 @@ def test_reports_become_a_figure_beside_them(number, reports, drawn, capsys):
     assert_readable(drawn[0])
 
 
-@pytest.mark.parametrize(("number", "modules"), [(9, 4), (9, 48), (10, 4), (10, 48)])
+@pytest.mark.parametrize(
+    ("number", "modules"),
+    [
+        pytest.param(9, 4, marks=pytest.mark.faults),
+        (9, 48),
+        pytest.param(10, 4, marks=pytest.mark.faults),
+        (10, 48),
+    ],
+)
 def test_a_run_becomes_a_figure_in_its_folder(number, modules, tmp_path, drawn, capsys):
     run = write_run(
         tmp_path / "run", "moe.architecture=dgmoe", layers=modules // 4, modules=modules

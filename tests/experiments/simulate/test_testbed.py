@@ -121,11 +121,11 @@ def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: s
             **dict.fromkeys(("overlap_forward", "overlap_backward", "auto_over_best"), 1.0),
             **dict.fromkeys(("slot", "auto_slot"), 0),
             **dict.fromkeys(("chunks", "auto_chunks"), 1),
-            **{"measured_over_model": 1.0, "peak_mb": 1.0, "links": "shaped", "compute": "real"},
+            **{"peak_mb": 1.0, "links": "shaped", "compute": "real"},
         }
         if load is not None:
             even = predict_row(calibration, name, False, None)
-            over = ("forward", "straggler_forward", "straggler_train", "dropped", "balanced")
+            over = ("forward", "straggler_forward", "straggler_train", "dropped")
             figures[name] |= {
                 "over_balanced_forward": row.forward / even.forward,
                 "over_balanced_train": row.train / even.train,

@@ -147,7 +147,13 @@ def used_by_two_ranks(rank: int, world_size: int, folder: Path, background: bool
     return ends
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    "background",
+    [
+        pytest.param(False, id="foreground"),
+        pytest.param(True, id="background", marks=pytest.mark.faults),
+    ],
+)
 def test_ranks_save_to_a_remote_folder_what_they_save_to_a_local_one(background, tmp_path):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "vault").mkdir()

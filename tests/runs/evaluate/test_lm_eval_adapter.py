@@ -28,6 +28,7 @@ SIX = {
 TEXT = [sentences(60, seed) for seed in range(3)]
 OTHER_FORM = {"context_options": ["he", "she"], "continuation": "runs.", "gold": 0}
 LINE = {"query": "Why?", "choices": ["so", "no"], "gold": 1}
+QUICK = ("boolq", "winogrande", "openbook_qa")  # of `make test`: every form of question
 
 
 @pytest.fixture
@@ -94,7 +95,9 @@ def test_a_file_that_cannot_be_read_is_an_error_with_its_name(adapter, tmp_path)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.faults) for name in SIX]
+)
 def test_the_papers_tasks_are_read_whole(name, adapter):
     task = adapter.read_file(DATA / f"{name}.jsonl").loaded["tasks"][name]
     assert len(task.eval_docs) == SIX[name]

@@ -1,5 +1,5 @@
-"""Runs send the right data to a W&B server, here on 127.0.0.1. test_wandb_logger_faults.py has servers
-that are broken or away.
+"""Runs send the right data to a W&B server, here on 127.0.0.1. test_wandb_logger_faults.py has
+servers that are broken or away.
 
 One process, `scenario`, makes all trainings, because every start of Python with torch costs
 seconds.

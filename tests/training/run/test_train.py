@@ -1,7 +1,7 @@
-"""These tests run the train command: its launcher, summary, resuming and planning.
+"""These tests run the train command: its summary, resuming and planning.
 
-The runs are those of configs/debug.yaml, four steps each. `launched` starts its ranks as a user
-does; the other runs are in ranks of run_ranks.
+The runs are those of configs/debug.yaml, four steps each, in ranks of run_ranks. The command that
+starts its ranks itself is `make train` of tests/docs/test_readme.py.
 """
 
 import json
@@ -14,12 +14,10 @@ from tests.support.commands import (
     EXACT,
     ROOT,
     SUMMARY,
-    TRAIN,
     Done,
     column,
     resume_in_ranks,
     rows_of,
-    run,
     train_in_ranks,
     undocumented,
 )
@@ -34,11 +32,10 @@ ON_TWO = (
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> tuple[Done, Path]:
-    """Return a run of two ranks with EP 2 that Lightning's own launcher starts, and the folder of
-    its runs."""
-    runs = tmp_path_factory.mktemp("launched")
-    return run(*TRAIN, "configs/debug.yaml", f"runs_dir={runs}", *ON_TWO, *EXACT), runs
+def on_two(tmp_path_factory) -> tuple[Done, Path]:
+    """Return a run of two ranks with EP 2, and the folder of its runs."""
+    runs = tmp_path_factory.mktemp("on_two")
+    return train_in_ranks(2, "configs/debug.yaml", f"runs_dir={runs}", *ON_TWO, *EXACT), runs
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +47,8 @@ def alone(tmp_path_factory) -> Done:
     )
 
 
-def test_the_last_line_is_the_summary(launched, alone):
-    for done, ranks in ((launched[0], 2), (alone, 1)):
+def test_the_last_line_is_the_summary(on_two, alone):
+    for done, ranks in ((on_two[0], 2), (alone, 1)):
         summary = done.summary
         assert list(summary) == SUMMARY.split()
         assert (summary["steps"], summary["world_size"], summary["ep_size"]) == (4, ranks, ranks)
@@ -71,23 +68,23 @@ def test_the_last_line_is_the_summary(launched, alone):
         assert summary["bits_per_byte"] == pytest.approx(bits, rel=1e-5), "a token is a byte"
 
 
-def test_the_picture_of_the_terminal_has_the_rows_of_the_summary(launched):
+def test_the_picture_of_the_terminal_has_the_rows_of_the_summary(on_two):
     """If this fails, `make recording` makes the picture again. Only a text has samples."""
     picture = ROOT / "docs/figures/train.svg"
     pictured = summary_rows(shown_in(picture.read_text(encoding="utf-8")))
-    said = summary_rows(launched[0].err.splitlines())
+    said = summary_rows(on_two[0].err.splitlines())
     assert "steps" in said
     assert [row for row in pictured if row != "sample"] == said
 
 
-def test_the_number_of_ranks_does_not_change_the_loss(launched, alone):
+def test_the_number_of_ranks_does_not_change_the_loss(on_two, alone):
     """The bound is 1e-4; rounding in float32 leaves about 1e-6."""
-    assert launched[0].summary["val_loss"] == pytest.approx(alone.summary["val_loss"], abs=1e-4)
-    assert launched[0].summary["params_total"] == alone.summary["params_total"]
+    assert on_two[0].summary["val_loss"] == pytest.approx(alone.summary["val_loss"], abs=1e-4)
+    assert on_two[0].summary["params_total"] == alone.summary["params_total"]
 
 
-def test_resume_continues_where_the_run_stopped(launched):
-    done, runs = launched
+def test_resume_continues_where_the_run_stopped(on_two):
+    done, runs = on_two
     run_dir = done.run_dir
     before = rows_of(run_dir / "metrics.csv")
     resumed = resume_in_ranks(2, str(runs / "latest"), "trainer.max_steps=6")

@@ -40,7 +40,7 @@ def test_gradients_are_summed_beside_the_last_batch_only():
     """Without gradients a step of four batches takes four times as long at least; with them, one
     sum longer."""
     setting = Setting(level="iteration", accumulate=4)
-    alone = VariantTimes(1.0, np.full(2, 12.0), np.full(2, 4.0), 0.0, 0.0, np.zeros(2))
+    alone = VariantTimes(1.0, np.full(2, 12.0), np.full(2, 4.0), 0.0, np.zeros(2))
     times = {Variant("top2", Schedule("top_k"), "alone"): alone}
     for size, least in ((0, 12.0), (10**9, 10**9 * 8 / (1e8 * PAYLOAD) + 4.0 + 6.0)):
         found = SimpleNamespace(

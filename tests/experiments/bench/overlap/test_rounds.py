@@ -93,9 +93,7 @@ def test_schedules_near_the_best_by_trial_go_into_the_rounds():
     """One disturbed trial, such as the second number of each pair here, excludes no schedule."""
     trials = {0: (1.04, 1.5), 1: (1.00, 1.3), 2: (1.02, 1.02), 3: (1.01, 9.0), 4: (1.029, 1.1)}
     variants = {slot: Variant("pos3", Schedule("scmoe", "pos3", slot)) for slot in trials}
-    tried = {
-        variants[slot]: VariantTimes(0.0, pair, 0.0, 0.0, 0.0) for slot, pair in trials.items()
-    }
+    tried = {variants[slot]: VariantTimes(0.0, pair, 0.0, 0.0) for slot, pair in trials.items()}
     assert nearest([*variants.values()], tried) == [variants[slot] for slot in (1, 3, 2)]
     assert nearest([variants[0], variants[1]], tried) == [variants[1]]
 
