@@ -4,7 +4,6 @@ A setting is a command line. Each command imports its measurement inside the fun
 and refusals come at once.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from experiments.bench.setting import OVERLAP_OPTIONS, Setting
 from experiments.engine import links
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
+from scmoe.report import print_result
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 USUAL_OVERLAP = Setting()
@@ -35,7 +35,7 @@ def layer(*, setting: LayerSetting = USUAL_LAYER) -> None:
     """Measure the time of the MoE layer over that of its dense products."""
     from experiments.bench.layer import bench_layer
 
-    print(json.dumps(bench_layer(setting)))
+    print_result(bench_layer(setting))
 
 
 @main.command(group_parameters=OVERLAP_OPTIONS)
@@ -43,7 +43,7 @@ def overlap(*, setting: Setting = USUAL_OVERLAP, out: Path = OUT) -> None:
     """Measure how much of the All-to-All every architecture and schedule hides."""
     from experiments.bench.overlap.speedups import bench_overlap
 
-    print(json.dumps(bench_overlap(setting, out)))
+    print_result(bench_overlap(setting, out))
 
 
 @main.command
@@ -56,7 +56,7 @@ def train(*overrides: str, setting: TrainingSetting = USUAL_TRAINING, out: Path 
     links.require()
     from experiments.bench.training.slow_network import bench_train
 
-    print(json.dumps(bench_train(setting, overrides, out)))
+    print_result(bench_train(setting, overrides, out))
 
 
 @main.command
@@ -64,7 +64,7 @@ def inference(*, setting: InferenceSetting = USUAL_INFERENCE, out: Path = OUT) -
     """Measure prefill and decode between ranks, and generation with and without a cache."""
     from experiments.bench.inference.gains import bench_inference
 
-    print(json.dumps(bench_inference(setting, out)))
+    print_result(bench_inference(setting, out))
 
 
 @main.command
@@ -83,9 +83,9 @@ def timeline(
             raise ConfigError(
                 "--run draws the plan of a run and measures nothing. Leave the other options out"
             )
-        return print(json.dumps(timeline.draw_plan(run)))
+        return print_result(timeline.draw_plan(run))
     links.require()
-    print(json.dumps(timeline.bench_timeline(setting, out)))
+    print_result(timeline.bench_timeline(setting, out))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A command imports what it needs inside itself, so that its help and a wrong requ
 once.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from cyclopts import App
 
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
+from scmoe.report import print_result
 
 main = App(name="simulate", help="Compare the simulator with what was measured.")
 
@@ -30,7 +30,7 @@ def testbed(folder: Path = Path("docs/figures"), /) -> None:
         raise ConfigError(f"There is no folder {folder}. Name one with reports of `bench overlap`")
     from experiments.simulate.testbed import simulate_testbed
 
-    print(json.dumps(simulate_testbed(folder)))
+    print_result(simulate_testbed(folder))
 
 
 @main.command
@@ -43,7 +43,7 @@ def others(file: Path = Path("docs/results/others.yaml"), /) -> None:
     """
     from experiments.simulate.others import simulate_others
 
-    print(json.dumps(simulate_others(file)))
+    print_result(simulate_others(file))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from cyclopts import Parameter, validators
 
 from scmoe.command_line import HYPHENS, Count, OneEach
 from scmoe.config.leaves import ConfigError
+from scmoe.report import say
 
 AT_LEAST_0 = Parameter(validator=validators.Number(gte=0))
 
@@ -112,6 +112,6 @@ def main(run: Path, /, *overrides: str, options: Options = DEFAULT_OPTIONS) -> N
         with to_file(options.out) as write:
             speed = generate_texts(run.resolve(), request, write)
     if speed is not None:
-        print(*speed_lines(speed), sep="\n", file=sys.stderr)
+        say("\n".join(speed_lines(speed)))
         if options.out is not None:
             print(json.dumps(speed), flush=True)

@@ -6,7 +6,6 @@ the network on the meta device, so only language models can be offloaded: vision
 that are no weights.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from scmoe.inference.offload.migration import offload_experts
 from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
 from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
+from scmoe.report import say
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.assembly.rank_job import cpu_threads
 from scmoe.training.run.machine import has_gpus
@@ -133,7 +133,7 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
     try:
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            print(f"experts are written to {relative(path)}", file=sys.stderr, flush=True)
+            say(f"experts are written to {relative(path)}")
             store_experts(config, source, path)
         model, cache = load_offloaded(config, source, path, device)
     except (OSError, ValueError) as error:

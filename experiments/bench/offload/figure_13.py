@@ -1,7 +1,6 @@
 """The report of `figure 13`: tables and a chart of offloaded experts, beside the paper's values."""
 
 import signal
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from experiments.engine.isolated import follow_caller
 from scmoe.charts import BLUE, PAPER, RED, SKY, chart, heading, title
 from scmoe.config.installation import require
 from scmoe.predict.row_names import name_of
-from scmoe.report import Report, publish
+from scmoe.report import Report, publish, say
 
 # Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of
 # peak memory saved
@@ -34,7 +33,7 @@ def bench_offload(out: Path, setting: OffloadSetting) -> dict[str, Any]:
     report: dict[str, Offloading] = {}
     rates = None
     for architecture in sorted(setting.architectures, key=OFFLOADED.index):
-        print(f"measuring {name_of(architecture)}", file=sys.stderr)
+        say(f"measuring {name_of(architecture)}")
         ends = (partial(signal.raise_signal, signal.SIGKILL),)
         with ProcessPoolExecutor(1, get_context("spawn"), follow_caller, ends) as alone:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
@@ -43,7 +42,7 @@ def bench_offload(out: Path, setting: OffloadSetting) -> dict[str, Any]:
     summary = {"rows": first_case_figures(report), "equal_bits": equal_bits}
     figure = {**summary, "setting": asdict(setting), "architectures": to_json(report)}
     publish(figure, tables(figure), draw, out / "figure-13")
-    print(f"equal bits: {equal_bits}", file=sys.stderr)
+    say(f"equal bits: {equal_bits}")
     return summary
 
 

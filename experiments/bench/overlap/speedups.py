@@ -3,7 +3,6 @@
 Ratios are to sequential top-2, taken round by round, medians.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from experiments.engine.ranks import run_ranks
 from scmoe.config.installation import require
 from scmoe.loads import BALANCED, loads_suffix
 from scmoe.planning.clock import median
-from scmoe.report import publish
+from scmoe.report import publish, say
 from scmoe.schedule.cost import OperatorTimes
 
 
@@ -44,10 +43,9 @@ def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
     require("bench overlap", "matplotlib")
     refuse_impossible(setting)
     if setting.links == "shaped" and not links.inside() and (missing := links.why_not()):
-        print(
+        say(
             f"links cannot be shaped here ({missing}), so rows travel over the loopback device as"
-            " it is; every row of the report says links=loopback",
-            file=sys.stderr,
+            " it is; every row of the report says links=loopback"
         )
         setting = replace(setting, links="loopback")
     shaped = setting.links == "shaped"

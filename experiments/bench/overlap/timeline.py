@@ -7,7 +7,6 @@ section 1 says that the shortcut doubles this time of pipelining.
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from scmoe.moe.recorder import Recorder
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.plan_file import plan_from_json
 from scmoe.planning.pricing import DIRECTIONS, from_tap
+from scmoe.report import say
 from scmoe.schedule.cost import mismatch, mismatch_bounds, per_chunk, play_block
 from scmoe.schedule.play import Span, elapsed
 from scmoe.schedule.stack import play_stack
@@ -64,9 +64,9 @@ def bench_timeline(setting: TimelineSetting, out: Path) -> dict[str, Any]:
             f"One pair from the tap to its end, {direction}: {machine}",
             "ms",
         )
-        print(f"drawn: {path}", file=sys.stderr)
+        say(f"drawn: {path}")
     traces = [str(path) for path in sorted(out.glob("*.json"))]
-    print(f"traces: {', '.join(traces)}", file=sys.stderr)
+    say(f"traces: {', '.join(traces)}")
     return {"link_mbit": rate, "timelines": overlaps, "traces": traces}
 
 
@@ -101,7 +101,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
             f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}"
         )
         draw(rows, picture, words, "ms")
-        print(f"drawn: {picture}", file=sys.stderr)
+        say(f"drawn: {picture}")
         pictures.append(str(picture))
     return {"pictures": pictures}
 

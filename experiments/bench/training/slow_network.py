@@ -21,7 +21,6 @@ With a load (scmoe/loads.py) routers deal tokens by it in place of their own cho
 each architecture also trains on the links with balanced routing. Losses mean nothing then.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -51,7 +50,7 @@ from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_s
 from scmoe.planning.clock import in_turn, median, quartiles
 from scmoe.predict.costs import estimate
 from scmoe.predict.row_names import batches_of, name_of, way_of_row
-from scmoe.report import Report, publish
+from scmoe.report import Report, publish, say
 
 CHOSEN = ("schedule.auto=true", "schedule.batches_in_flight=1")  # slot and chunks
 TRAINED_ROWS = {  # the first is sequential: nothing can be hidden in it
@@ -224,7 +223,7 @@ def measure(
         }
         try:
             variants = {key: partial(one, *key) for key in trainings}
-            times = in_turn(variants, setting.rounds, say=partial(print, file=sys.stderr))
+            times = in_turn(variants, setting.rounds, say=say)
             results = {name: training.finish() for name, training in trainings.items()}
         finally:
             for training in trainings.values():

@@ -1,7 +1,6 @@
 """The schedule of a run: the planner's choice, what ran, and how much communication was hidden."""
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from scmoe.planning.plan_file import (
 )
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import DIRECTIONS
+from scmoe.report import say
 from scmoe.schedule.cost import mismatch, mismatch_bounds
 from scmoe.training.callbacks.logged_steps import logs_now
 
@@ -92,7 +92,7 @@ class AdaptiveSchedule(Callback):
         if self.auto and self.take_kept_plan(trainer, self.planner):
             return
         if 2 in self.planner.numbers_in_flight and trainer.is_global_zero:
-            print(TRIES_TWO, file=sys.stderr, flush=True)
+            say(TRIES_TWO)
         batches = (trainer.max_steps - trainer.global_step) * in_a_step
         if self.auto and batches <= self.planner.steps_to_choose:
             rank_zero_warn(
@@ -156,7 +156,7 @@ class AdaptiveSchedule(Callback):
         if overlap is not None and logs_now(trainer, batch_idx):
             module.log_dict(overlap_metrics(choice, overlap))
             if self.show_what_ran and trainer.is_global_zero:
-                print(what_ran(overlap), file=sys.stderr, flush=True)
+                say(what_ran(overlap))
             self.show_what_ran = False
 
     def keep(self, choice: ModelChoice, step: int) -> None:
@@ -168,7 +168,7 @@ class AdaptiveSchedule(Callback):
 
 def show(choice: ModelChoice) -> None:
     """Print a plan."""
-    print("\n".join(plan_lines(choice)), file=sys.stderr, flush=True)
+    say("\n".join(plan_lines(choice)))
 
 
 def plan_lines(choice: ModelChoice) -> list[str]:

@@ -1,6 +1,5 @@
 """Progress as lines of text, where standard error is no terminal."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ from lightning.pytorch import Callback, Trainer
 
 from scmoe.config.leaves import four_digits
 from scmoe.lightning.seam.progress_bar import shown_metrics
+from scmoe.report import say
 from scmoe.training.callbacks.logged_steps import logs_now
 
 
@@ -21,15 +21,15 @@ class LogLines(Callback):
         self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if logs_now(trainer, batch_idx) and trainer.is_global_zero:
-            say(trainer, lambda name: not name.startswith("val/"))
+            print_metrics(trainer, lambda name: not name.startswith("val/"))
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero:
-            say(trainer, lambda name: name.startswith("val/"))
+            print_metrics(trainer, lambda name: name.startswith("val/"))
 
 
-def say(trainer: Trainer, wanted: Callable[[str], bool]) -> None:
+def print_metrics(trainer: Trainer, wanted: Callable[[str], bool]) -> None:
     """Print a line of the metrics whose names are wanted."""
     metrics = {name: float(value) for name, value in shown_metrics(trainer).items() if wanted(name)}
     values = "  ".join(f"{name} {four_digits(value)}" for name, value in metrics.items())
-    print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", file=sys.stderr, flush=True)
+    say(f"step {trainer.global_step}/{trainer.max_steps}  {values}")

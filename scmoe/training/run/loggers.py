@@ -6,7 +6,6 @@ kept in memory; TensorBoard and W&B stop with one warning (fault 32).
 
 import csv
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,6 +20,7 @@ from scmoe.config.fields import Config
 from scmoe.config.installation import install_command
 from scmoe.config.leaves import flatten
 from scmoe.files import warn_once
+from scmoe.report import say
 from scmoe.training.run.wandb_logger import HAS_WANDB, SafeWandbLogger, wandb_logger, wandb_mode
 
 # The first columns of metrics.csv; others follow by their names.
@@ -37,7 +37,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config, read_metrics(run_dir / "metrics.csv")))
     elif config.logger.mode == "auto" and not HAS_WANDB:
-        print(f"W&B is not used; it needs wandb: {install_command('wandb')}", file=sys.stderr)
+        say(f"W&B is not used; it needs wandb: {install_command('wandb')}")
     return loggers
 
 

@@ -26,7 +26,7 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.files import redacted, relative, try_to_write_json
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
-from scmoe.report import console
+from scmoe.report import console, say
 from scmoe.training.run.directory import create_run_dir, kept_state, write_config
 from scmoe.training.run.loggers import (
     build_loggers,
@@ -136,7 +136,7 @@ def open_output(
             yield RunOutput(config, public, quiet, run_dir, loggers)
             status = "success"
         except SystemExit:
-            print(f"stopped; {how_to_continue(run_dir, config)}", file=sys.stderr, flush=True)
+            say(f"stopped; {how_to_continue(run_dir, config)}")
             raise
         except Exception as error:
             if isinstance(error, BrokenCheckpoint) and resumed is not None:
@@ -189,9 +189,7 @@ def listed(words: Sequence[str]) -> str:
 def say_done(run_dir: Path, summary: dict[str, Any], config: Config) -> dict[str, Any]:
     """Print that a run has done all its steps, and return its summary."""
     more = resume_command(run_dir, summary["steps"], config)
-    print(
-        f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr
-    )
+    say(f"nothing to do: all {summary['steps']} steps are done; for more: {more}")
     return summary
 
 

@@ -9,7 +9,6 @@ its weights other settings.
 """
 
 import re
-import sys
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from scmoe.parallel.checkpoint.durable import (
     verify,
 )
 from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.report import say
 from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import why_no_checkpoint
 
@@ -247,7 +247,7 @@ def set_aside(run_dir: Path, paths: Sequence[Path]) -> None:
         aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
         aside.parent.mkdir(exist_ok=True)
         path.rename(aside)
-        print(f"set aside: {relative(path)} is now {relative(aside)}", file=sys.stderr, flush=True)
+        say(f"set aside: {relative(path)} is now {relative(aside)}")
 
 
 def record_path(run_dir: Path, step: int) -> Path:

@@ -28,6 +28,7 @@ from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError, show
 from scmoe.files import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
+from scmoe.report import say
 from scmoe.training.run.directory import git
 
 HAS_WANDB = True
@@ -177,7 +178,7 @@ def wandb_logger(
             raise ConfigError(
                 f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}"
             ) from error
-        print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
+        say(f"warning: Weights & Biases goes offline: {reason}")
         wandb.teardown()  # otherwise its process would see the id as in use
         run = start(mode="offline")
     kept = {
