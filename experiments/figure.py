@@ -1,11 +1,12 @@
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from experiments.bench.other_settings import OffloadSetting
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
+from scmoe.report import print_result, say
 
 USUAL_OFFLOADING = OffloadSetting()
 
@@ -51,24 +52,26 @@ def main(
         from experiments.bench.offload.figure_13 import bench_offload
 
         measured = bench_offload(out or Path("runs/fig13"), offloading)
-        print(json.dumps({"figure": 13, **measured}))
+        print_result({"figure": 13, **measured})
         return
     if number == 22:
         from experiments.figures.gradients import measure_gradients
 
         out = out or Path("runs/gradients")
         measure_gradients(out)
-        print(
-            json.dumps(
-                {"figure": 22, "files": [f"{out}/gradients.{end}" for end in ("json", "png")]}
-            )
-        )
+        say_files(22, [f"{out}/gradients.{end}" for end in ("json", "png")])
         return
     from docs.build.pages import write_pages
     from experiments.figures.measured import draw_figure
 
     files = draw_figure(number, sources, out) if number else write_pages(out)
-    print(json.dumps({"figure": number, "files": [str(path) for path in files]}))
+    say_files(number, [str(path) for path in files])
+
+
+def say_files(number: int, files: Sequence[str]) -> None:
+    """Say which files were drawn, in words and as JSON."""
+    say(f"drawn: {', '.join(files)}")
+    print_result({"figure": number, "files": files})
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def main(
     tiny: bool = False,
     parts: list[str] | None = None,
 ) -> int:
-    """Check scmoe on one GPU in nine minutes: tests, speed of the layer, overlap, GPT2-MoE-Small, a
-    short training.
+    """Check scmoe on one GPU, in nine minutes at most: tests, speed of the layer, overlap,
+    GPT2-MoE-Small, a short training.
 
     Each part runs in its own process with its own clock. The folder gets report.md, results.json,
     pictures and traces, at most 8 files. Standard output is JSON with the state of each part; the

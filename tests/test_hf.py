@@ -101,6 +101,8 @@ def test_a_folder_without_its_tied_embedding_is_reported(tmp_path):
         ("latent", VOCABULARY - 60),
         pytest.param("latent", VOCABULARY + 7, marks=pytest.mark.faults),
         pytest.param("mixtral", VOCABULARY - 60, marks=pytest.mark.faults),
+        pytest.param("mixtral", VOCABULARY + 7, marks=pytest.mark.faults),
+        pytest.param("gpt", VOCABULARY - 60, marks=pytest.mark.faults),
     ],
 )
 def test_token_embeddings_are_resized(kind, vocabulary, tmp_path):
@@ -292,6 +294,7 @@ def with_adapters(kind: str, modules: list[str] | str) -> Any:
         pytest.param("latent", ["gate"], marks=pytest.mark.faults),
         pytest.param("latent", "all-linear", marks=pytest.mark.faults),
         pytest.param("farskip", ["gate"], marks=pytest.mark.faults),
+        pytest.param("farskip", ["kv_up"], marks=pytest.mark.faults),
     ],
 )
 def test_adapters_of_peft(kind, modules):

@@ -27,7 +27,10 @@ USUAL_LAYER = LayerSetting()
 USUAL_TRAINING = TrainingSetting()
 USUAL_INFERENCE = InferenceSetting()
 USUAL_TIMELINE = TimelineSetting()
-main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
+main = App(
+    name="bench",
+    help="Measure on this machine. Standard output is JSON, but nothing at a terminal.",
+)
 
 
 @main.command

@@ -147,8 +147,13 @@ class Row:
         return self.forward_quartiles if kind == "forward" else self.train_quartiles
 
 
-def rows_of(report: Mapping[str, Any], kind: type[Any] = Row) -> dict[str, Any]:
-    """Return the rows of a report, of `bench overlap` or with rows of another kind."""
+def rows_of(report: Mapping[str, Any]) -> dict[str, Row]:
+    """Return the rows of a report of `bench overlap`."""
+    return rows_as(Row, report)
+
+
+def rows_as(kind: type[Figures], report: Mapping[str, Any]) -> dict[str, Figures]:
+    """Return the rows of a report as a kind of figures."""
     return {name: from_json(kind, row) for name, row in report["rows"].items()}
 
 

@@ -43,12 +43,13 @@ def table_lines() -> list[str]:
             if answer == SHORT["passed"]
         }
         asked["others" if "others" in who else "scmoe" if who else "nobody"].append(name)
-    names = {who: "; ".join(of_them) for who, of_them in asked.items()}
-    others = (
-        f"Nobody who was asked failed in: {names['others']}. Only scmoe was asked, and passed:"
-        f" {names['scmoe']}. Nobody was asked: {names['nobody']}."
-    )
-    return [*table, "", others]
+    words = {
+        "others": "Nobody who was asked failed in:",
+        "scmoe": "Only scmoe was asked, and passed:",
+        "nobody": "Nobody was asked:",
+    }
+    said = [f"{words[who]} {'; '.join(names)}." for who, names in asked.items() if names]
+    return [*table, "", " ".join(said)]
 
 
 def cell(of_places: dict[str, dict[str, Any]]) -> str:

@@ -247,10 +247,20 @@ def simulate_others(path: Path) -> dict[str, Any]:
         rows = {cell.name: cell.to_json() for cell in of_kind}
         Report(f"{kind}: predicted and measured", rows, columns, "cell").show()
         summary[kind] = summary_of(of_kind)
+        groups = {name: each for name, each in summary[kind].items() if isinstance(each, dict)}
+        Report(
+            f"{kind}: {summary[kind]['signs']:.0%} of the signs are right,"
+            f" {summary[kind]['holds']:.0%} of the intervals hold; mean errors:",
+            groups,
+            {"cells": "{cells}", "ours": "{mean_error:.1%}", "null's": "{mean_null_error:.1%}"},
+            "cells of",
+        ).show()
+    cell_error = error_of([cell for cell in cells if cell.kind == "overlap"])
+    say(f"90 % of the overlap cells' errors are below {cell_error:.0%}")
     return {
         "cells": {cell.name: cell.to_json() for cell in cells},
         "kinds": summary,
-        "cell_error": error_of([cell for cell in cells if cell.kind == "overlap"]),
+        "cell_error": cell_error,
     }
 
 

@@ -49,5 +49,6 @@ def read_asked(name: str | Path, overrides: Sequence[str] = ()) -> AskedConfig:
     path = find(name)
     given = frozenset(key_of(word) for word in overrides)
     has_batch = path.parent.name != "model" or "data.global_batch_size" in given
-    source = f"{path} and command line" if overrides else str(path)
-    return AskedConfig(source, read_unchecked(path, overrides), given, has_batch)
+    return AskedConfig(
+        f"{path} and command line", read_unchecked(path, overrides), given, has_batch
+    )

@@ -31,7 +31,7 @@ from scmoe.parallel.dense.memory import RankJob, rank_memory
 from scmoe.predict.batches import InFlight
 from scmoe.predict.cluster import Profile
 from scmoe.predict.costs import make_batch
-from scmoe.predict.judged_job import Job, Request, job_in_batches, requests_of
+from scmoe.predict.judged_job import Job, Request, job_in_batches, smaller_requests
 from scmoe.predict.operator_costs import Costs, count
 from scmoe.predict.timed_blocks import JobSizes
 from scmoe.schedule.play import Load as PlayedLoad
@@ -69,13 +69,13 @@ def job_of(request: Request, profile: Profile) -> Job:
     The step of a preset, which says no batch, is in as few batches as fit the device with the
     standard model, one chunk and one batch in flight; in one, if none of these does."""
     first = job_in_batches(request, profile)
+    smaller = [*smaller_requests(request)]
     most = profile.memory
-    if most is None or not first.knows_memory:
+    if most is None or not first.knows_memory or not smaller:
         return first
     standard = standard_of(first.config)
     memory = memory_of(build_on_meta(standard, None), "top_k", rank_job(standard))
-    for each in requests_of(request):
-        job = job_in_batches(each, profile)
+    for job in (first, *(job_in_batches(each, profile) for each in smaller)):
         if min(memory(ep_size, 1, 1, job.samples) for ep_size in job.ep_sizes) <= most:
             return job
     return first

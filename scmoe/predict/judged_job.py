@@ -69,10 +69,9 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------- the job
 
 
-def requests_of(request: Request) -> Iterator[Request]:
-    """Yield the request; for a preset, if neither samples nor trainer.accumulate are given, also
-    with its step in more batches."""
-    yield request
+def smaller_requests(request: Request) -> Iterator[Request]:
+    """Yield the request with its step in more and more batches: of a preset, if neither samples nor
+    trainer.accumulate are given."""
     asked = request.config
     fixed = request.samples or request.prefill or "trainer.accumulate" in asked.given
     if asked.has_batch or fixed:

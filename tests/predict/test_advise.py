@@ -313,7 +313,10 @@ def test_a_list_of_values_has_the_advice_of_each_and_a_picture(monkeypatch, tmp_
     assert call(*words, "samples=1,4") == 0
     out, err = capfd.readouterr()
     facts = json.loads(out.splitlines()[-1])
-    assert facts["key"] == "samples" and {*facts["values"]} == {"1", "4"}
+    assert facts["key"] == "samples"
+    of_jobs = {value: each["job"]["samples"] for value, each in facts["values"].items()}
+    assert of_jobs == {"1": 1, "4": 4}
+    assert facts["values"]["1"]["rows"] != facts["values"]["4"]["rows"]
     assert (tmp_path / "runs/advise.png").stat().st_size > 10_000 and "runs/advise.png" in err
     assert call(*words, "samples=1,4", "ranks=4,8") == 2, "one key alone"
 

@@ -76,10 +76,9 @@ def assert_equal_the_estimate_s(job, models, rel):
     if config.model.family != "swin":
         width = config.model.head_dim or config.model.dim // config.model.heads
         skipped = config.model.layers * 2 * seq_len**2 * config.model.heads * width
-    for name, moe in architectures(config.moe, config.model.ffn_dim or 4 * config.model.dim):
-        if name not in models:
-            continue
-        model = build_model_on_meta(replace(config, moe=moe))
+    by_name = dict(architectures(config.moe, config.model.ffn_dim or 4 * config.model.dim))
+    for name in models:
+        model = build_model_on_meta(replace(config, moe=by_name[name]))
         of_a_sample = sum(forward_flops(model, seq_len).values()) - skipped
         assert models[name].costs.flops == pytest.approx(job.samples * of_a_sample, rel=rel), name
 

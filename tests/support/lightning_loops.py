@@ -238,6 +238,7 @@ def val_check_interval(runs: Runs) -> Any:
     for how in (
         {"val_check_interval": 0.5},
         {"val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"check_val_every_n_epoch": 2},
         {"val_check_interval": 2, "accumulate_grad_batches": 3},
     ):
         calls: list[int] = []

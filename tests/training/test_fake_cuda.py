@@ -23,6 +23,7 @@ ARCHITECTURES = {  # words, and how often one step routes and sends
 }
 PRECISIONS, RECOMPUTE, RANKS, CHUNKS = ("32-true", "bf16-mixed"), ("false", "true"), (1, 4), (1, 2)
 OF_SWIN = ("pos2",)  # in `make test`: Swin takes longest
+ONE_RANK = ("dense", "top_k")
 BOTH = ("pos2", "dgmoe")  # in both precisions of GPT in `make test`
 
 
@@ -31,8 +32,8 @@ def cases():
     other. Each architecture meets every pair of the choices, but precision and ranks only together
     with its neighbour.
 
-    In `make test` LLaMA has every architecture, on four ranks, and GPT has the dense one and those
-    of BOTH, which meet every choice.
+    In `make test` LLaMA has every architecture, and GPT those of ONE_RANK on one rank, in either
+    precision, and those of BOTH, which meet every choice.
     """
     found = []
     for i, (name, (words, streams)) in enumerate(ARCHITECTURES.items()):
@@ -59,7 +60,7 @@ def cases():
             quick = (
                 name in OF_SWIN
                 if family == "swin"
-                else family == "llama" or name in BOTH or (name == "dense" and p == i % 2)
+                else family == "llama" or name in BOTH or (name in ONE_RANK and p == i % 2)
             )
             marks = () if quick else pytest.mark.faults
             found.append(

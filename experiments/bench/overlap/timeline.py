@@ -28,7 +28,7 @@ from scmoe.moe.recorder import Recorder
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.plan_file import plan_from_json
 from scmoe.planning.pricing import DIRECTIONS, from_tap
-from scmoe.report import say
+from scmoe.report import Report, say
 from scmoe.schedule.cost import mismatch, mismatch_bounds, per_chunk, play_block
 from scmoe.schedule.play import Span, elapsed
 from scmoe.schedule.stack import play_stack
@@ -40,6 +40,12 @@ TIMELINES = {  # title: (block, transfers, numbers of chunks to choose from)
     "Shared expert, pipelined": ("shared_expert", "overlapped", (2,)),
     "ScMoE Pos-2, overlapped": ("pos2", "overlapped", (1,)),
     "ScMoE Pos-2, overlapped and pipelined": ("pos2", "overlapped", (2,)),
+}
+OVERLAPS = {  # columns of `overlaps_of`
+    "beside computation": "{beside_computation_ms:.1f} ms",
+    "over pipelined top-2": "{over_pipelined_top2:.2f}",
+    "exposed": "{exposed_ms:.1f} ms",
+    "Eq. 11": "{eq11_ms[1]:.1f} ms, from {eq11_ms[0]:.1f} to {eq11_ms[2]:.1f}",
 }
 
 
@@ -67,6 +73,9 @@ def bench_timeline(setting: TimelineSetting, out: Path) -> dict[str, Any]:
         say(f"drawn: {path}")
     traces = [str(path) for path in sorted(out.glob("*.json"))]
     say(f"traces: {', '.join(traces)}")
+    Report(
+        "transfers of one pair, by the cost model with measured times:", overlaps, OVERLAPS
+    ).show()
     return {"link_mbit": rate, "timelines": overlaps, "traces": traces}
 
 

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
-from experiments.bench.row import BESIDE, rows_of, to_json
+from experiments.bench.row import BESIDE, rows_as, to_json
 from experiments.bench.setting import Setting, pair_setting
 from experiments.bench.speed_chart import OVER_TOP2, line_colors
 from experiments.bench.training.taking_turns import Training
@@ -247,7 +247,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "rows/gradients": "{rows_over_gradients:.2f}",
         "validation loss": "{val_loss:.3f}",
     }
-    rows = rows_of(report, TrainedRow)
+    rows = rows_as(TrainedRow, report)
     if any(row.exposed_rows_s is None for row in rows.values()):
         columns["exposed"] = "{exposed_s:.3f} s"
     if any(row.peak_mb is not None for row in rows.values()):
@@ -318,7 +318,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     with chart(path, 3.4 + 0.2 * len(report["rows"])) as figure:
         axis = figure.subplots()
         colors = line_colors(report["rows"])
-        for row, figures in rows_of(report, TrainedRow).items():
+        for row, figures in rows_as(TrainedRow, report).items():
             seconds, losses = np.asarray(figures.val_losses).T
             axis.plot(
                 seconds,

@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.ranks, pytest.mark.timeout(600)]
 def scenario(folder: Path) -> None:
     from scmoe.config.load import load_config
     from scmoe.training.callbacks.load_chart import draw_load
+    from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
 
     trainings = LoggedTrainings(folder)
@@ -86,6 +87,11 @@ def scenario(folder: Path) -> None:
     with wandb_server() as server:
         trainings.train(server, "disabled", "logger.mode=disabled")
         assert not server.requests
+
+    wandb_logger.INIT_TIMEOUT_S = 2.0
+    with wandb_server() as server:
+        server.answer = "error"
+        trainings.train(server, "broken", "logger.mode=auto")
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +218,15 @@ def test_disabled_logging_sends_and_writes_nothing(reports):
     assert not list(Path(reports["disabled"]["summary"]["run_dir"]).glob("wandb*"))
 
 
-def test_logging_changes_no_result(reports):
-    assert result(reports["online"]) == result(reports["disabled"])
+@pytest.mark.parametrize("name", ["online", "broken"])
+def test_logging_changes_no_result(name, reports):
+    assert result(reports[name]) == result(reports["disabled"])
+
+
+def test_a_broken_server_causes_one_warning(reports):
+    """Fault 32; test_wandb_logger_faults.py has more of it."""
+    (warning,) = warnings(reports["broken"])
+    assert "goes offline" in warning
 
 
 if __name__ == "__main__":

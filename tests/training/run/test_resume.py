@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.faults]
 
 @pytest.mark.parametrize(
     "world_size, workers",
-    [(1, 0), pytest.param(1, 2, marks=pytest.mark.representative), (2, 0), (2, 2)],
+    [(1, 0), (1, 2), (2, 0), pytest.param(2, 2, marks=pytest.mark.representative)],
 )
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(world_size, workers):
     """The run has dropout, gate noise, shuffled samples, gradients accumulated over two batches,
