@@ -11,7 +11,7 @@ from pathlib import Path
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
-# The same share of a Hugging Face data set's rows. These data sets are large.
+# Share of a Hugging Face data set's rows, for each of val and test; the sets are large.
 HELD_OUT_DOCUMENTS = 0.005
 ROW_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")  # of files that are read by `hugging_face`
 SOTU_LAST_TRAIN_YEAR = 2005

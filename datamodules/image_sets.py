@@ -91,7 +91,7 @@ def open_images(name: str, path: str | None) -> ImageSplits:
 
 
 def digits() -> ImageSplits:
-    """Return the 1,797 handwritten digits (UCI) of scikit-learn: 8 x 8 pixels of 16 shades."""
+    """Return the 1,797 handwritten digits (UCI) of scikit-learn: 8 x 8 pixels, 17 grey levels."""
     from sklearn.datasets import load_digits
 
     dataset = load_digits()

@@ -168,7 +168,7 @@ class SequenceDataModule(PositionedDataModule):
 class SyntheticTokens:
     """`length` pseudo-random ids below `vocab_size`, without a file or a tokenizer.
 
-    stream: the split's number. Token t of a stream is a hash of (seed, t), so any slice can be
+    stream: the split's number. Token t is a hash of (seed, stream, t), so any slice can be
     computed anywhere, in any order. All ids are equally likely and independent: there is nothing to
     learn, and the loss stays at ln V.
     """

@@ -105,7 +105,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. The end of a document shows as `<|endoftext|>`."""
+        """Return the text of `ids`. The end of a document shows as `end_token`."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def require_room(self, vocab_size: int) -> None:

@@ -81,8 +81,8 @@ def call(*words: str) -> int:
 
 
 class CtrlC(KeyboardInterrupt):
-    """Python kills itself with SIGINT after a KeyboardInterrupt, of exactly this class, that has
-    passed through `exec`, which many imports use."""
+    """After a KeyboardInterrupt that has passed through `exec`, which many imports use, Python
+    kills itself with SIGINT. After this subclass it does not."""
 
 
 class Interruption:

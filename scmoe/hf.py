@@ -66,7 +66,7 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
         -100 where not counted. logits_to_keep: logits of this many last tokens (0: all), or of the
         tokens that a tensor names or masks, as in transformers. output_router_logits: also add
         aux_loss to the loss, with the config's weight. num_items_in_batch: counted labels of all
-        batches of a step, whose losses then add up to their mean.
+        batches of a step; the losses of these batches add up to the step's mean.
         """
         output = self.model(
             input_ids=input_ids,

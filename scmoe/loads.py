@@ -276,10 +276,10 @@ def mixed(length: int) -> Tensor:
 def replayed(ids_TK: Tensor, sizes: Sizes, rank: int, num_tokens: int) -> Tensor:
     """Return this rank's part of a recorded batch, [T, K].
 
-    Its tokens are at equal distances in that part, or each one comes several times. If more choices
-    were recorded, the first K are taken. If fewer, a further choice of a token is the first choice
-    of a later token that has another one, so it has the same distribution; where nearly all tokens
-    go to one expert, it is the next expert.
+    Tokens are taken from that part at equal distances; if it has too few, each one is repeated. If
+    more choices were recorded, the first K are taken. If fewer, a token's further choice is the
+    first choice of a later token that it does not have yet, so the distribution is the same. Where
+    nearly all tokens go to one expert, it is the next expert.
     """
     part_TK = ids_TK.tensor_split(sizes.ranks)[rank]
     tokens = torch.arange(num_tokens) * len(part_TK) // num_tokens

@@ -75,7 +75,8 @@ def _cell(text: str, row: Mapping[str, Any]) -> str:
 
 def console(piped: int = PIPED, stderr: bool = True) -> Console:
     """Return a console that is as wide as the terminal, or has `piped` columns where there is none.
-    It is on standard error, as standard output is JSON, unless a verb prints nothing else."""
+    It is on standard error, as standard output is for JSON. stderr=False: for a verb without
+    JSON."""
     screen = Console(stderr=stderr, highlight=False)
     if not screen.is_terminal:
         screen.width = piped

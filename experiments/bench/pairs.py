@@ -2,8 +2,8 @@
 
     every 2    a pair, Block-MLP and Block-MoE, as in the paper
     every 1    two blocks with an MoE each: the wirings of NVIDIA, NousResearch and FarSkip beside
-               the baselines. There are two because the last two of these read what the block before
-               hands on
+               the baselines. Two blocks, because those of NousResearch and FarSkip read what the
+               preceding block hands on
 
 Nothing here imports torch, so the command line reads it.
 """

@@ -26,8 +26,8 @@ def rows_in_halves(rows: Rows) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def over_best_top2(speedups: Mapping[str, float], *others: float) -> dict[str, float]:
-    """Return what each row gains over the fastest row of top-2, of medians. speedups: all over the
-    same. others: of top-2 that is no row, such as 1 where speed-ups are over sequential top-2."""
+    """Return each row's speed-up divided by that of the fastest top-2. speedups: medians over one
+    baseline. others: of top-2 that is no row, such as 1 if sequential top-2 is the baseline."""
     of_top2 = [speedup for row, speedup in speedups.items() if architecture_of(row) == "top2"]
     fastest = max([*of_top2, *others])
     return {row: speedup / fastest for row, speedup in speedups.items()}

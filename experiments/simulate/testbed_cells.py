@@ -179,7 +179,7 @@ def ratios(reports: Sequence[Measured]) -> Iterator[Cell]:
 
 def under_load(reports: Sequence[Measured]) -> Iterator[Cell]:
     """Yield the cells of pairs with a hot rank. A report that states no balanced calibration is
-    calibrated on the balanced one of its setting with the nearest share."""
+    calibrated on the balanced one of its setting with the nearest rate of links."""
     pairs = with_level(reports, "block")
     for report in pairs:
         if report.load is None or not report.load.startswith("hot_rank"):

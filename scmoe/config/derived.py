@@ -41,7 +41,7 @@ def resolve_ep_size(config: Config) -> int:
 
 
 def samples_of_rank(config: Config) -> int:
-    """Return the samples of a rank in one batch, of the accumulated ones of a step."""
+    """Return the samples of a rank in one of the batches that a step accumulates."""
     trainer = config.trainer
     batches = trainer.devices * trainer.num_nodes * trainer.accumulate
     return config.data.global_batch_size // max(1, batches)  # 0 in a file that is not checked yet

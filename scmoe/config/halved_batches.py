@@ -72,8 +72,8 @@ def check_samples(config: Config, samples: int) -> None:
 
 def may_run_two_batches(config: Config) -> bool:
     """Return whether schedule.auto may choose two batches in flight: a configuration that sets them
-    would be accepted, and the run cannot end because of them. A ceiling of rows counts those of a
-    half, and one half may exceed it where the whole batch does not.
+    would be accepted, and they cannot end the run. With moe.dropless_ceiling they could: it limits
+    the rows of a half, and one half may exceed it where the whole batch does not.
     """
     if config.schedule.auto and config.schedule.batches_in_flight == 1:
         return False

@@ -33,8 +33,8 @@ LEAST_IDS = 2  # with one, there is nothing to predict
 def validate(config: Config, source: str, trains: bool = True) -> None:
     """Raise ConfigError for the first value or combination that cannot run.
 
-    source: where it is from. trains: False where nothing is trained, so that data.global_batch_size
-    need not have two sequences for each rank.
+    source: where it is from. trains: False where nothing is trained: skip the rules of a training
+    with two batches in flight, such as two sequences for each rank.
     """
     checks: list[Callable[[Config], Refusals]] = [
         _ranges,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scmoe.conform.plain import Plain, Weights
 
-RATE = 0.1  # of the plain SGD that `step` takes a step of
+RATE = 0.1  # learning rate of the plain SGD of `step`
 
 # {expert id: {name: tensor}}, and {name: tensor}
 ByExpert = dict[int, dict[str, Tensor]]

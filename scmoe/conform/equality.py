@@ -8,8 +8,8 @@ The tolerance is relative to the largest number of a tensor:
               and come in as many batches as there are ranks; measured for each kind of tensor, and
               at least one rounding
 
-A tensor that must be zero is measured against 1. Clipped gradients may differ by 1e-5: torch, and
-who does as it does, adds 1e-6 to the norm.
+A tensor that must be zero is measured against 1. Clipped gradients may differ by 1e-5: torch,
+and libraries that clip like torch, add 1e-6 to the norm.
 """
 
 import math

@@ -183,7 +183,7 @@ class Exam:
     # ------------------------------------------------------------------ other questions
 
     def _checkpoint(self, place: str) -> Answer:
-        """Save on these ranks, and load on each other number of them."""
+        """Save on these ranks, then load on every number of ranks, this one too."""
         with tempfile.TemporaryDirectory() as folder:
             saved = self.pools[place].ask(self._asked("saved", folder), self.limit_s)
             if saved.outcome != "played":

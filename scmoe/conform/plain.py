@@ -45,10 +45,9 @@ class Weights(NamedTuple):
 class Plain:
     """A layer's formula.
 
-    activation: swiglu, which has a gate, or gelu, relu, silu, which have none; identity: an expert
-    returns its input. score: of all
-    experts, softmax or sigmoid. normalise: the kept scores of a token are divided by their sum.
-    projection: tokens are multiplied by a dense weight first.
+    activation: swiglu, which has a gate; gelu, relu, silu, which have none; or identity: an expert
+    returns its input. score: softmax or sigmoid, over all experts. normalise: the kept scores of a
+    token are divided by their sum. projection: tokens are multiplied by a dense weight first.
     """
 
     activation: str = "swiglu"

@@ -1,7 +1,8 @@
 """Finds the `make` that a command line names.
 
 FILE.py:NAME       a function of the user's own file
-hf:NAME            an expert-parallel implementation of transformers
+pair:FILE.py:NAME  a dispatch and a combine
+hf:NAME            expert parallelism of transformers
 hf:FILE.py:NAME    one that this file registers
 """
 
@@ -21,7 +22,8 @@ PAIR = "pair:"
 
 
 def check_source(source: str) -> None:
-    """Raise ConfigError if `source` names no file. The file is imported by the ranks alone."""
+    """Raise ConfigError if `source` names no layer. A file that it names is imported by the ranks
+    only."""
     file, colon, name = _named(source).rpartition(":")
     if source.startswith(TRANSFORMERS):
         require("conform", "transformers")

@@ -7,13 +7,13 @@
 At its best: with the EP, slot, chunks and batches in flight of advised_rows.py. The sequential
 model has its own best EP too, so a step says what is left to gain after EP was chosen well.
 
-Interval: what predictions of measured speed-ups were off (docs/would-it-pay.md): of other people's
-clusters CELL_ERROR at most in 90 % of the cells, of the testbed, whose own operators were measured,
-MEASURED_ERROR. A speed-up comes from waiting that is hidden. Where the faster one of two rows waits
-less by only a small share of the slower one's step, little of that error can be there: ROW_ERROR +
-HIDDEN_ERROR x share. The numbers are those of a logarithm. Where a rank has fewer than
-FEW_TOKENS in a batch, launches and latency decide, which no measurement checks, and up to FEW_ERROR
-is added.
+Interval: the error of predictions of measured speed-ups (docs/would-it-pay.md). All errors are
+those of a logarithm. On other people's clusters, the error was at most CELL_ERROR in 90 % of the
+cells; on the testbed, whose own operators were measured, at most MEASURED_ERROR. A speed-up comes
+from waiting that is hidden. If the faster of two rows waits less by only a small share of the
+slower one's step, the error is smaller: ROW_ERROR + HIDDEN_ERROR x share. If a rank has fewer than
+FEW_TOKENS in a batch, launches and latency decide, which no measurement checks; then up to
+FEW_ERROR is added.
 
 Answer: a step pays if the lower end is above WORTH, does not pay if the upper end is below, and is
 within the error otherwise.
@@ -49,8 +49,8 @@ Answer = Literal["pays", "does not pay", "within the error"]
 
 
 class Errors(NamedTuple):
-    """Of a speed-up's logarithm, with 90 %: what few tokens add, and what is the most without
-    that."""
+    """Errors of a speed-up's logarithm, with 90 %. few_tokens: what few tokens add. most: the
+    limit of the rest."""
 
     few_tokens: float
     most: float

@@ -1,5 +1,5 @@
-"""The rows of an advice: each model at the number of ranks that share the experts (EP), the slot,
-the chunks and the batches in flight with which its step is shortest, and fits the device.
+"""The rows of an advice: each model with the number of ranks that share the experts (EP), the slot,
+the chunks and the batches in flight that fit the device and make its step the shortest.
 
     top2              standard, sequential transfers
     top2_pipelined    the same model in chunks
@@ -235,8 +235,8 @@ def tried_rows(
 def shortlist(
     model: Model, choices: Sequence[Choice], simulator: Simulator, most: float | None
 ) -> list[tuple[Choice, float | None, bool | None]]:
-    """Return the best choices by a few blocks, those that fit first, with memory and whether that
-    is there."""
+    """Return the best choices, judged by a few blocks, those that fit first; each with its memory
+    and whether it fits."""
     tried = []
     for choice in choices:
         memory = memory_of_row(model, choice, simulator.job)

@@ -1,7 +1,7 @@
 """The config of a job that `scmoe advise` judges, read once.
 
 The batch of a step is that of the config, data.global_batch_size, over all ranks. A preset has
-none, and gets TOKENS of a rank.
+none: a rank then has TOKENS tokens or IMAGES_OF_A_RANK images.
 """
 
 from collections.abc import Sequence

@@ -1,17 +1,17 @@
 """A cluster as numbers: rates of a rank and its links, and what the software makes of them.
 
 configs/cluster/NAME.yaml has ranks, ranks_per_node, precision, and a value with its source for each
-of KEYS; and, where it is known, of OPTIONAL:
+of KEYS. Optional: keys with a default or in OPTIONAL; links.network on one node:
 
     peak_tflops: {value: 165, source: datasheet}
 
 gb_s of a link is 10^9 bytes a second of one rank in one direction: a network card of 400 Gbit/s for
 each rank is 50. Sources say what to check first, and are printed with an advice:
 
-    datasheet    what the vendor prints; that it is not reached is in the attained share
+    datasheet    what the vendor prints; `attained` is the share of it that is reached
     measured     on this machine, by `cluster=measure`, or in a public measurement
     guess        not measured
-    given        on the command line
+    given        on the command line, or set by `cluster=measure`
 """
 
 import math

@@ -21,8 +21,8 @@ class Link(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How many ranks of a group a node has, of all groups and nodes: at fewest and at most; and on
-    how many nodes a group is at most."""
+    """How groups are spread over nodes. fewest, most: the ranks that one group has on one of its
+    nodes. nodes: the most nodes that a group is on."""
 
     fewest: int
     most: int
@@ -30,8 +30,8 @@ class Spread(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The groups that all ranks of a job are in. size: ranks of a group. distance: between its
-    neighbours, between which the other groups have theirs."""
+    """The groups that all ranks of a job are in. size: ranks of a group. distance: between
+    neighbours in a group; the ranks between them are in other groups."""
 
     size: int
     ranks: int

@@ -3,10 +3,11 @@ dtypes, but no numbers.
 
 Tensors are fake (torch's FakeTensorMode), and so is the process group: a collective takes its
 tensors and returns. The step is the library's own: forward, backward with DDP and the experts'
-reducer or with FSDP2, the global gradient norm, AdamW, whose moments exist from the start. What
-operators do is counted from their calls alone, without hooks: torch's own trackers, MemTracker and
-FlopCounterMode, put hooks on every module, and these hold gradients of outputs and what activation
-checkpointing computes again longer than autograd does (docs/decisions/0037-dry-run.md).
+reducer or with FSDP2, the global gradient norm, the step of the optimizer, whose moments exist from
+the start. What operators do is counted from their calls alone, without hooks. torch's own trackers,
+MemTracker and FlopCounterMode, put hooks on every module. These hooks hold gradients of outputs,
+and what activation checkpointing computes again, longer than autograd does
+(docs/decisions/0037-dry-run.md).
 
 Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU if the job is
 one of GPUs. Left out: time, streams, the allocator's gaps, Lightning's loop, the
@@ -268,7 +269,7 @@ class StepCounts:
             self.collectives[name] += size
 
     def add(self, tensors: Iterable[Any]) -> None:
-        """Count tensors that were made before, in the current phase."""
+        """Count, in the current phase, the storages that are not counted yet."""
         for tensor in tensors:
             storage = (
                 tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -70,8 +70,8 @@ class Job(NamedTuple):
 
 
 def smaller_requests(request: Request) -> Iterator[Request]:
-    """Yield the request with its step in more and more batches: of a preset, if neither samples nor
-    trainer.accumulate are given."""
+    """Yield a preset's request with its step in more and more batches. Nothing if samples or
+    trainer.accumulate is given, or prefill is judged."""
     asked = request.config
     fixed = request.samples or request.prefill or "trainer.accumulate" in asked.given
     if asked.has_batch or fixed:

@@ -11,7 +11,7 @@ Memory is read: that of the smallest card, or a rank's share of this machine's o
 On a CPU two processes with one thread each exchange rows through gloo, the way a training does; all
 are on one node. On cards there is one process for each, through NCCL. Every rank measures at the
 same time, and the slowest one counts, as all wait for it. A single card exchanges nothing. What is
-not measured stays a guess: attention, layout, halves.
+not measured stays a guess: attention, layout, halves, all other KEYS.
 """
 
 import tempfile

@@ -1,8 +1,9 @@
 """What a user has measured of the job, as factors on computing and transfers: an
 advised_rows.Slowdown.
 
-measured_step_ms   seconds of a step of a known row. One number cannot say what was slow, so both
-                   answers are kept: all of the difference is computing, or all of it is transfers
+measured_step_ms   milliseconds of a step of a known row. One number cannot say what was slow, so
+                   both answers are kept: all of the difference is computing, or all of it is
+                   transfers
 plan.json          of a run (planning/plan_file.py): the operators of each block, measured alone
 a bench's report   of `scmoe bench overlap` at the job's sizes, on links of a given rate: the
                    operators of sequential top-2
@@ -73,7 +74,7 @@ def slowdowns_of_step(
 
 
 def solve(f: Callable[[float], float], wanted: float) -> float | None:
-    """Return the factor at which a growing function has a value; None: it is at none."""
+    """Return the factor in FACTORS at which a growing function has this value; None: it has not."""
     low, high = FACTORS
     if not f(low) <= wanted <= f(high):
         return None

@@ -10,7 +10,7 @@ here:
 
     sums        the gradients of an operator are ready when its backward has ended on the last half.
                 They share the link with rows (shared_link.py). What is left after backward is
-                exposed. They are summed once a step, with the last batch
+                exposed. They are summed with the last batch of a step, under FSDP with every batch
     pieces      a chunk or a half takes its share of an operator's rows, but as many kernels as all
                 rows, and the experts read all their weights: t = max((all - fixed) / pieces, least)
                 + fixed. Not counted: a half also reads the weights of attention, MLP and shared
@@ -24,7 +24,7 @@ here:
                 which each has a part where stages are virtual. No batch runs beside these
 
 An uneven load is played with the rows of each rank that may be the slowest. Left out: how the tax
-moves later transfers, and sums of weights that are split over ranks (FSDP).
+moves later transfers.
 """
 
 from collections.abc import Mapping, Sequence

@@ -53,8 +53,8 @@ IN_TENSOR_PARALLEL = ("attention", "mlp", "shared_expert")
 class JobSizes(NamedTuple):
     """The ranks of a job, and what travels between them.
 
-    rows, sent, received: rows of a rank over those that were counted, and bytes of a number that is
-    dispatched and combined over those of a computed one. tensor_parallel: ranks that share each
+    rows: rows of a rank over those that were counted. sent, received: bytes of a number that is
+    dispatched, or combined, over those of a computed one. tensor_parallel: ranks that share each
     dense weight. once_a_node: of a token's copies one row for each node travels between nodes
     (cluster_rates.py). split: dense weights are split over all ranks. transfers_again: what is
     computed again dispatches again. stages, virtual_stages: of the pipeline, and of each

@@ -264,8 +264,8 @@ def shown(
 def to_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a function that writes lines into a file, on rank 0 only.
 
-    Until the first line, the file is unchanged: an earlier file keeps its lines, and a new one is
-    removed at the end.
+    Until the first line, the file is unchanged. Without any line, an earlier file keeps its lines,
+    and a new one is removed at the end.
     """
     is_new = not path.exists()
     try:

@@ -1,7 +1,7 @@
 """Which keys each token attends to in a pass of transformers, and at which position it stands.
 
 Padding may be at any place of a row. A row may also hold several texts one after the other
-(packing); then position_ids start anew at each of them.
+(packing); then position_ids start again at each text.
 """
 
 import torch

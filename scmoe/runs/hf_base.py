@@ -30,8 +30,8 @@ from scmoe.runs.hf_attention import has_packed_texts, seen_in_pass
 from scmoe.training.assembly.model import build_network
 from scmoe.weights.hf_config import OUR_MODEL_TYPE, our_config, scmoe_config, transformers_sizes
 
-# What callers hand over that says nothing beyond other arguments: generate its tokenizers, and
-# collators that pack texts what follows from position_ids.
+# Arguments that add nothing to the others and are ignored: `generate` passes its tokenizers, and
+# collators that pack texts pass what follows from position_ids.
 OF_GENERATION = {"tokenizer", "assistant_tokenizer"}
 OF_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 

@@ -76,7 +76,8 @@ class StudyJob:
     state: State = field(default_factory=State)
     worked_s: float = 0.0  # in this session
     progress: float = 0.0  # of this session, as a share of the job
-    begun_s: float = 0.0  # worked_s and progress at the first line of its log, if that came early
+    # worked_s and progress at the first step in its log, if less than half was done by then
+    begun_s: float = 0.0
     begun_progress: float = 0.0
 
     @property

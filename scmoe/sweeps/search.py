@@ -36,7 +36,7 @@ class Trial:
     @property
     def value(self) -> float | None:
         """Return the value that judges the trial: the last one, as in W&B's summary. None: there is
-        none, or it is NaN."""
+        none, or it is not finite."""
         return self.history[-1] if self.history and math.isfinite(self.history[-1]) else None
 
 

@@ -18,7 +18,7 @@ DECAYING = 5  # without decay_steps, one step of so many is in the decay of wsd
 @dataclass(frozen=True)
 class LearningRate:
     """max_steps: where a decay reaches min_ratio. decay_steps: of wsd; None: a fifth of max_steps.
-    A warm-up that leaves fewer steps comes first."""
+    If the warm-up leaves fewer steps, the decay has all of these."""
 
     kind: Literal["cosine", "wsd", "constant"]
     max_steps: int

@@ -182,7 +182,7 @@ def stored_in(paths: list[Path]) -> dict[str, TensorInFile]:
 
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may
-    become any MoE."""
+    have another architecture: upcycling."""
     other = [
         f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
         for key, value in there.items()

@@ -97,11 +97,12 @@ def measure(rank: int, world_size: int, tokens: int, rounds: int) -> Generation:
 def generation_runs(
     model: Any, ids_BS: Tensor, tokens: int, steps_ms: list[dict[str, float]]
 ) -> dict[str, Kind]:
-    """Return generation with a cache, without, and with its operators recorded.
+    """Return functions that generate: with a cache, without one, and with operators recorded.
 
-    The first returns times in ms of all tokens, a step and the first token, the second of all
-    tokens. The third returns a step over its operators, whose times it appends to `steps_ms`, and
-    the operators of all passes without a cache over those with one.
+    cached: returns the ms of all tokens, of a step and of the first token. uncached: the ms of all
+    tokens. recorded: appends the times of each step's operators to `steps_ms`, and returns the time
+    of a step over that of its operators, and the operators' time without a cache over that with
+    one.
     """
     expected_BS = cached(model, ids_BS, tokens)[0]  # the first calls of a process are slower
     uncached(model, ids_BS, 2)

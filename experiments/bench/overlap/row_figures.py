@@ -170,10 +170,10 @@ def over_best_finalist(
 ) -> float:
     """Return the training time of a planner's choice over that of the best schedule.
 
-    Half of the rounds choose the best schedule, the other half compare, and the reverse; the result
-    is the mean of the two medians. The schedule that some rounds choose as the best was also lucky
-    in them, so other rounds compare. The ratio is below 1 where the chosen schedule is slower than
-    the planner's. With one round, that round both chooses and compares."""
+    Half of the rounds choose the best schedule and the other half compare; then the halves change
+    roles, and the result is the mean of the two medians. The schedule that some rounds choose as
+    the best was also lucky in them, so other rounds compare. There the planner's choice may be the
+    faster one, and the ratio is below 1. With one round, that round both chooses and compares."""
     chosen = times[choice].train
     halves = [slice(start, None, 2) for start in range(min(2, len(chosen)))]
     medians = []

@@ -1,5 +1,5 @@
-"""What a slow network costs `scmoe train`, and what a shortcut hides of it: the product itself, on
-links with a rate.
+"""Measures what a slow network costs `scmoe train`, and how much of that a shortcut hides: whole
+trainings, on links with a rate.
 
 Every architecture trains one configuration with the same data, seed and steps: with Lightning,
 logging, validation and checkpoints, on the links and on links without a rate. All trainings are

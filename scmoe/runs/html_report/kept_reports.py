@@ -72,8 +72,8 @@ def read_report(path: Path) -> Any:
 
 
 def reports_in(data: Any) -> list[dict[str, Any]]:
-    """Return the reports in a file, with their names of rows in words; stated tables are for
-    readers already."""
+    """Return the reports in a file, with names of rows in words. Stated tables have readable names
+    already."""
     loads = data.get("loads") if isinstance(data, dict) else None
     parts = [data, *(loads if isinstance(loads, list) else [])]
     return [
@@ -129,8 +129,8 @@ def plain(markdown: str) -> str:
 
 
 def tables_of(report: Mapping[str, Any]) -> Iterator[Report]:
-    """Yield the tables as they are stated, else one of the rows, with the paper's values, or of the
-    cells."""
+    """Yield the tables that a report states; without any, one table: of its rows, with the paper's
+    values, or of its cells."""
     if "tables" in report:
         for table in report["tables"]:
             for form in table["columns"].values():
@@ -168,8 +168,8 @@ def conditions_of(path: Path) -> dict[str, Any]:
 
 
 def pictures_of(path: Path, said: Mapping[str, Any]) -> dict[Path, str]:
-    """Return the words of a report's pictures by file. said: of a result of the docs it may name
-    them."""
+    """Return the caption of each picture of a report by file. said: it may name the pictures of a
+    result of the docs."""
     if isinstance(stated := said.get("pictures"), dict):
         return {docs() / "figures" / f"{name}.png": str(words) for name, words in stated.items()}
     beside = [*path.parent.glob("*.png")] if path.stem == "results" else [path.with_suffix(".png")]

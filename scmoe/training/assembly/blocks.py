@@ -215,8 +215,8 @@ def longcat(config: Config) -> Scoring:
 def build_router(config: Config, dim: int) -> Router:
     """Return the router of one MoE module.
 
-    ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or it
-    has no rule, and moe.bias_rate is set.
+    ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or
+    moe.bias_rate is above 0 and the Scoring has no rule.
     """
     moe = config.moe
     scoring = scoring_of(config)

@@ -18,8 +18,9 @@ class StepTimes(Callback):
     Each is the mean over the optimizer steps since the last log.
 
     data      host time between two batches: loading, logging; without validation and checkpoints
-    forward   from the batch to the loss; backward: from the loss to the reduced gradients; update:
-              clipping, AdamW
+    forward   from the batch to the loss
+    backward  from the loss to the reduced gradients
+    update    clipping and the optimizer's step
 
     On a CPU the last three are host times. On a CUDA device they lie between events of its stream.
     Nothing waits for an event: what has not been passed when a step is logged, such as the end of

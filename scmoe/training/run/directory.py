@@ -2,7 +2,7 @@
 
     runs/<experiment>/<stamp>-<slug>/
         config.yaml  config-from-<step>.yaml  overrides.txt  env.json  metrics.csv  summary.json
-        plan.json  state.json  checkpoints/  wandb/  wandb_run.json
+        plan.json  state.json  checkpoints/  wandb/  wandb_run.json  and more (docs/runs.md)
     runs/latest     a link to the newest run
 
 Only rank 0 writes. A run whose config cannot be written does not start.
@@ -40,7 +40,7 @@ CPUINFO = Path("/proc/cpuinfo")
 STATE = "state.json"
 STATES = ("running", "finished", "failed", "cut")
 BEAT_S = 60.0
-SILENT_S = 600.0  # longer than clocks of machines differ, and than a shared disk fails to answer
+SILENT_S = 600.0  # above the difference of two machines' clocks, and a pause of a shared disk
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:

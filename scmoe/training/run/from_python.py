@@ -1,9 +1,10 @@
 """Trains from a Python program or a notebook, on one rank or several. `scmoe.train` calls it.
 
-One rank trains in the calling process, and so do ranks that torchrun or SLURM has started. Several
-ranks are started from here as `scmoe train` in a process of its own, because the calling program
-must not run again for each of them, and a process that has used CUDA cannot be forked. Its console
-output is passed on, so that a notebook shows it.
+One rank trains in the calling process, and so do the ranks of several machines and those that
+torchrun or SLURM has started. Several ranks of one machine are started from here as `scmoe train`,
+in a process of its own: the calling program must not run again for each rank, and a process that
+has used CUDA cannot be forked. The new process's console output is passed on, so that a notebook
+shows it.
 """
 
 import json

@@ -199,7 +199,8 @@ def check_size(config: Config, model: nn.Module, job: RankJob) -> None:
 
 
 def free_gib(config: Config) -> float:
-    """Return the free GiB of a rank: its GPU's, or its share of this machine's or container's."""
+    """Return a rank's GiB: the smallest GPU's total, or a share of what this machine or container
+    has free."""
     devices = config.trainer.devices
     if has_gpus(config):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB

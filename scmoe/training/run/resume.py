@@ -52,8 +52,8 @@ MAY_CHANGE = (
     "extensions",
     "callbacks",
 )
-# A training that goes on keeps these: they decide which samples come next, and Lightning counts
-# batches.
+# A resumed training keeps these: they decide which samples come next, and Lightning counts its
+# progress in batches.
 MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 
 

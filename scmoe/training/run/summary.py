@@ -25,9 +25,9 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     """Return the numbers of the summary. It validates first if the last step was not validated.
     Every rank must call it.
 
-    steps_here are those since the last start. What only a validation finds is None in a run without
-    one (trainer.limit_val_batches=0). The bits of the unigram are those of the whole split: None
-    where a validation reads a part of it.
+    steps_here: steps since the last start. Values that only a validation gives are None in a run
+    without one (trainer.limit_val_batches=0). The unigram's bits are those of the whole split, so
+    they are None where a validation reads only a part of it.
     """
     steps = trainer.global_step
     metrics = dict(trainer.callback_metrics)  # the validation below removes them
