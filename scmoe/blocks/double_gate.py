@@ -11,8 +11,8 @@ The preceding half begins at the tap and ends at the end of the block, so its tr
 the backbone as ScMoE's do. The transfers of the current half are not hidden. If both gates choose
 the same expert for a token, the current half goes to its second-best expert: the router compares
 expert ids (A.2). Without this constraint (`distinct_experts` False) both halves of most tokens go
-to one expert, and the paper finds the quality of top-1 (section 5.1.1). DGMoE-Share (A.7): two
-pairs of blocks share one MoE module, `share_moe`.
+to one expert, and the paper calls this equivalent to top-1 (section 5.1.1). In DGMoE-Share (A.7)
+two pairs of blocks share one MoE module (`share_moe`).
 
 The module's load is the sum of both gates', because its experts serve both
 (docs/decisions/0017-double-gate.md).

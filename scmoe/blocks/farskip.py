@@ -14,8 +14,8 @@ before, and all experts read the block's own input.
 
 In the first block Y_0 = X_0. Dispatch hides behind attention, combine behind the shared expert. A
 block ends where its stream does, so no stream stays open from block to block: Y is the `carry`. The
-publication also computes the next block's queries, keys and values beside combine. In such a block
-they would follow the shared expert, and be the carry.
+publication also computes the next block's queries, keys and values beside combine. This is left
+out; here they would be computed after the shared expert and handed on as the carry.
 """
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class FarSkipDenseBlock(nn.Module):
 
 
 class FarSkipBlock(MoEBlock):
-    """norm is n' of both experts; that of the sub-layer is attention's n."""
+    """`norm` is n', read by all experts; the attention sub-layer has its own norm, n."""
 
     architecture = "farskip"
     shared_expert: nn.Module

@@ -3,9 +3,9 @@
 Queries, and keys with values, go through a low rank.
 
     c_q = norm(W_qa x) s_q                      a query's latent; without one, q = W_q x
-    [q_h, r_h] = W_qb c_q                       of head h: without a position, and turned by it
-    [c, r] = W_kva x, c = norm(c) s_kv          latent of keys and values; one turned key for all
-                                                heads
+    [q_h, r_h] = W_qb c_q                       of head h: r_h is turned by its position, q_h not
+    [c, r] = W_kva x, c = norm(c) s_kv          latent of keys and values; one key part r for all
+                                                heads, turned too
     [k_h, v_h] = W_kvb c
     A_h = softmax((q_h k_h + turn(r_h) turn(r)) / sqrt(nope + rope)) v_h
     out = W_o [A_1 .. A_H], or W_o (sigmoid(W_g x) * [A_1 .. A_H]) with a gate

@@ -37,7 +37,7 @@ class MoEBlock(Operators):
     reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared
     expert. coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
     expert's input. distinct_experts: DGMoE's two gates choose two experts for each token. Raises
-    ValueError for a position that requires more sub-layers than there are.
+    ValueError for a position that requires more sub-layers than there are, and where `check` does.
     """
 
     architecture: str

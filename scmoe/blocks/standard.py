@@ -34,7 +34,7 @@ class DenseBlock(nn.Module):
 
 
 class TopKBlock(MoEBlock):
-    """h + sum_i G(h)_i E_i(h) (Eq. 1): there is nothing to hide the transfers behind."""
+    """h + sum_i G(h)_i E_i(h) (Eq. 1): only chunks or a second batch can hide the transfers."""
 
     architecture = "top_k"
 

@@ -16,9 +16,9 @@ METHODS = ("forward", "core")  # that can be recomputed; core: of attention in t
 
 
 class SelfAttention(nn.Module):
-    """The base of every attention module: what the models and their costs ask of it.
+    """The base of every attention module: what the models and the cost estimates read.
 
-    out: the product that writes to the residual stream, where a Decoder draws the weights.
+    out: the product that writes to the residual stream. A Decoder requires it, to draw its weights.
     """
 
     dim: int
@@ -260,8 +260,9 @@ def recompute(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a method of a module with checkpointing. A copy of the partial has the module's copy.
+    """Run a method of a module with checkpointing.
 
-    before: what the module had as this method; None: that of its class."""
+    module: a deep copy of a partial of this function holds the copied module. before: the
+    instance's earlier method; None: that of its class."""
     f = partial(getattr(type(module), method), module) if before is None else before
     return keep_input(f, *args, use_reentrant=False, **kwargs)

@@ -16,11 +16,12 @@ from scmoe.schedule.schedule import POSITIONS_OF
 class Wiring:
     """Which parts a block has, and what its experts read.
 
-    every: blocks with an MoE, every second one (a pair), each one or every fourth one. position,
-    first_position: of the tap; of the first block with an MoE, where it differs. tap_norm: own |
-    shared, with the sub-layer after the tap. combine, coefficient_input: how shared and routed
-    output are added, and what the gate of their weights reads. after_norm: of their sum.
-    distinct_experts: of DGMoE's two gates. What an architecture does not have is the default.
+    every: an MoE in every block (1), in every second one (2, a pair) or in every fourth one (4).
+    position: of the tap. first_position: of the tap in the first block with an MoE, where it
+    differs. tap_norm: own | shared, with the sub-layer after the tap. combine, coefficient_input:
+    how shared and routed output are added, and what the gate of their weights reads. after_norm:
+    their sum has a norm. distinct_experts: of DGMoE's two gates. A field that an architecture does
+    not use has its default.
     """
 
     architecture: str = "scmoe"

@@ -177,9 +177,10 @@ def stream(
 
     prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0,
     1, 2, ... passes: on several ranks with Mesh.true_on_all_ranks. Every rank must then take every
-    step, a rank without prompts too. Raises ValueError for a prompt without a token, with an id
+    step, also a rank without prompts. Raises ValueError for a prompt without a token, with an id
     that the model does not have, or with no room for max_tokens in the model's context, for a model
-    in training mode, and between ranks with moe.rows=buffers.
+    in training mode, if prompts and seeds differ in number, and between ranks with
+    moe.rows=buffers.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:

@@ -4,8 +4,8 @@ A token is chosen from the logits: greedy, temperature, top-k, top-p, repetition
 ends after a number of tokens, at a stop token, or at a stop string, which may cross tokens.
 
 The order is that of transformers: penalty, temperature, top-k, top-p. Each text has a random
-generator of its own, on the host, and takes one number of it per token, so what it becomes does not
-depend on the other texts of its batch.
+generator of its own, on the host, and draws one number per token (none if greedy), so a text does
+not depend on the other texts of its batch.
 """
 
 from collections.abc import Callable, Sequence

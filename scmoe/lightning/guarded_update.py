@@ -64,9 +64,9 @@ class GuardedUpdate:
     ) -> Tensor:
         """Clip the gradients, check them, and return their global norm before that.
 
-        Also check gradients that are clipped by value, or not at all. The plugin itself does not
-        clip by the norm: that of bf16-mixed refuses a fused optimizer, which would undo the scale
-        of gradients only later. Only float16 has such a scale.
+        Also check gradients that are clipped by value, or not at all. The plugin's own clipping by
+        norm is not used: in bf16-mixed it refuses fused optimizers, because they unscale gradients
+        only later. But gradients are scaled in float16 only.
         """
         if clip_val > 0 and gradient_clip_algorithm == "norm":
             return self.clip_by_norm(optimizer, clip_val)

@@ -2,8 +2,8 @@
 same step (faults 12 and 16).
 
 Ranks exchange the flags of their signals (stop.py) at every step and read the sum one step later,
-so all of them stop at one step, with exit code 143, 129 or 130 and, if they were training, with one
-complete checkpoint.
+so all stop at one step, with exit code 128 + signal (143, 129, 130, SLURM's; 0 if another rank
+started them) and, if training, with one complete checkpoint.
 """
 
 import os

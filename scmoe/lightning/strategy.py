@@ -89,9 +89,9 @@ class ExpertParallelStrategy(DDPStrategy):
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are
     set, else this process. With start_method="popen" (the default) this process is rank 0 and runs
     its own command again for each other rank. With "spawn" (the module must be picklable) or "fork"
-    (for notebooks) all ranks are child processes, which end with `fit`: this process then has the
-    metrics and the checkpoints, but not the trained weights, and a SIGTERM must go to the children;
-    this process then ends with an error instead of exit code 143.
+    (for notebooks) all ranks are child processes, which end with `fit`. Afterwards this process has
+    the metrics and the checkpoints, but not the trained weights. Send a SIGTERM to the children; on
+    it, this process ends with an error instead of exit code 143.
 
     A rank that has raised takes part in no further collective: the other ranks may be anywhere, and
     waiting for them would hide the error. Callbacks that save after an exception

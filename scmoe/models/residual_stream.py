@@ -10,8 +10,8 @@ from scmoe.moe.tokens import HandedOn, RouterStats
 
 
 def widen_under_autocast(x: Tensor) -> Tensor:
-    """Return x in float32 or wider under autocast, where what comes before the blocks may be
-    gathered in bfloat16: then every block adds to it in float32."""
+    """Return x; under autocast in float32 or wider, so that every block adds to the stream in
+    float32. FSDP may gather the weights before the blocks in bfloat16."""
     if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.promote_types(x.dtype, torch.float32))

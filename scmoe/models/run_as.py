@@ -28,7 +28,7 @@ def run_as(
     dispatchers: Sequence[Dispatcher] | None = None,
     recorders: Sequence[AnyRecorder | None] | None = None,
 ) -> None:
-    """Let a model run so from the next pass on.
+    """Set how a model runs from the next pass on.
 
     dispatchers, recorders: how the rows of each block travel, and what notes its operators; None:
     as before. Raises ValueError for two batches in flight if no network in the model has a Halves.
@@ -37,8 +37,8 @@ def run_as(
 
 
 class running_as:
-    """A context in which a model runs so, and as before afterwards. Arguments and errors are those
-    of `run_as`.
+    """A context in which a model runs by `schedule`, and as before afterwards. Arguments and
+    errors are those of `run_as`.
 
     Generation enters one at each token, so entering it is cheap: the model's parts are those that
     it had when the context was created. Not reentrant.

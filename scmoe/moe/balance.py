@@ -74,9 +74,9 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
     It is 1 for an even load, E where one expert takes all. f_i: share of the global batch's copies
     that goes to expert i. P_i: mean score of expert i over the global batch. Per sequence
     (DeepSeek-V3, Eq. 17-20) f_i and P_i are those of a sequence, and the loss is the mean over
-    sequences, weighted by their tokens. E counts zero experts. In f of the global batch each of
-    them has the same share of their copies, in f of a sequence its own copies. stats: this rank's
-    sums. sums_LE2: integer_sums, added up over world_size ranks.
+    sequences, weighted by their tokens. E counts zero experts. Over the global batch the copies to
+    all zero experts are divided evenly among them in f; per sequence, each has its own. stats: this
+    rank's sums. sums_LE2: integer_sums, added up over world_size ranks.
     """
     score_sums_LE = torch.stack([s.score_sums_E for s in stats])
     counts_LE, tokens_L = sums_LE2[:, :-2], sums_LE2[:, -2]

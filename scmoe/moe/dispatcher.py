@@ -33,7 +33,7 @@ class Receipt:
 
     num_tokens_per_expert_e: Tensor | None  # rows for each local expert; None: all equal
     traffic: Traffic | None = None  # of the dispatch; None: equal numbers between all ranks
-    # received row of each expert-contiguous row; None: all numbers are equal
+    # received row of each expert-contiguous row; None: equal numbers, or one rank
     order_R: Tensor | None = None
     place_R: Tensor | None = None  # its inverse
 

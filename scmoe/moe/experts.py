@@ -87,10 +87,10 @@ MLPs = Callable[[Tensor, Tensor, Tensor, Any, Activation], Tensor]
 class Experts(nn.Module):
     """Experts `expert_ids` of `num_experts`.
 
-    Parameters of this class are sharded: stacked on dim 0 by expert. Weights are drawn from the
-    global generator with standard deviation 1 / sqrt(fan-in), equal for every split of the experts
-    over ranks. Raises ValueError unless dim and ffn_dim are multiples of 8: grouped products
-    require rows that are aligned to 16 bytes, in bf16 too.
+    Parameters of this class are sharded: stacked on dim 0 by expert. Weights are normal with
+    standard deviation 1 / sqrt(fan-in). The global generator gives one key for all of them, so they
+    are equal for every split of the experts over ranks. Raises ValueError unless dim and ffn_dim
+    are multiples of 8: grouped products require rows aligned to 16 bytes, in bf16 too.
     """
 
     def __init__(

@@ -73,9 +73,9 @@ def rounded_up(rows: Any) -> Any:
 
 
 def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Return the rank of each copy among those of its expert, from 0.
+    """Return the position of each copy among those of its expert, from 0.
 
-    First choices come first, then early tokens.
+    First choices come first; among equal choices, early tokens.
     """
     (T, K), device = topk_ids_TK.shape, topk_ids_TK.device
     ids_N = topk_ids_TK.T.flatten()  # k-major: all first choices come before any second choice
@@ -144,7 +144,7 @@ def arrange_slots(
 
 
 def invert(rows_N: Tensor, num_rows: int) -> Tensor:
-    """Return the copy of each row [R], or N: an empty one. rows_N: the row of each copy, or R."""
+    """Return the copy of each row [R]; N: an empty row. rows_N: row of each copy; R: no row."""
     copies_R = torch.full((num_rows + 1,), len(rows_N), device=rows_N.device)
     copies_R[rows_N] = torch.arange(len(rows_N), device=rows_N.device)
     return copies_R[:num_rows]

@@ -2,8 +2,8 @@
 
 Operators are what the schedule moves and the planner prices: route, encode, dispatch, experts,
 combine, decode, attention (or its parts attention_core, attention_out), mlp, shared_expert,
-current. In a profile they are called scmoe/<name>; `current` is not there, but what runs inside it.
-recorder.py notes when each one runs.
+current. In a profile they are called scmoe/<name>, but instead of `current` a profile shows the
+operators inside it. recorder.py notes when each operator runs.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,8 @@
 A safetensors file, or a folder of such files, each with some of the steps:
 
     steps       int64 [S]    optimizer steps from 0, ascending
-    layer_<i>   [S, T, K]    expert ids of MoE layer i, the likeliest first, before any copy is
-                             dropped, in the smallest type that holds num_experts. num_experts is
+    layer_<i>   [S, T, K]    expert ids of MoE layer i, the router's first choice first, before any
+                             copy is dropped, in the smallest type that holds num_experts, which is
                              the id of copies for which nothing is sent: those of padding tokens
                              and those to zero experts
     metadata    num_experts, num_ranks

@@ -10,7 +10,7 @@ The paper's gate is a softmax. What differs between routers (scores, weights, th
 its rule) are values of `Scoring`:
 
     chosen     the top k of s_i + b_i, over N experts and Z zero experts
-    weights    gamma s_i, or gamma s_i / sum of the kept s: the bias chooses and never weighs
+    weights    gamma s_i, or gamma s_i / sum of the kept s: the bias affects only the choice
     bias       after each update  b_i += rate s_0 rule(c_i / fair share)  for the N experts;
                that of zero experts stays
 

@@ -156,12 +156,12 @@ class MoEStream(Operators):
 class dropless:
     """A context for inference, in which MoE modules drop no copy, whatever their rows.
 
-    With a capacity a token's result would depend on its batch. The routers' sums are not computed
-    inside, and stats are None. Each stream arranges its rows so on entering, and as before on
-    leaving. This is not an argument, because blocks of users, which know nothing of it, hold MoE
-    modules too.
-    Generation enters one at each token, so entering it is cheap. Not reentrant. It uses the rows
-    that each stream had when `dropless` was created.
+    With a capacity a token's result would depend on its batch. Inside, the routers' sums are not
+    computed, and stats are None. Entering changes how each stream arranges its rows, and leaving
+    restores it. This is a context and not an argument, because users' own blocks hold MoE modules
+    and do not have the argument. Generation enters one at each token, so entering is cheap. Not
+    reentrant. The arrangement inside follows from the rows that each stream had when `dropless` was
+    created.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -35,7 +35,7 @@ class RouterStats(NamedTuple):
     score_sums_E: Tensor
     z_sum: Tensor  # sum over tokens of logsumexp(logits)^2
     num_tokens: Tensor  # real tokens
-    num_dropped: Tensor  # routed copies over an expert's capacity
+    num_dropped: Tensor  # routed copies beyond a capacity or buffer
     top_k: int  # routed copies of a token, those to zero experts included
     # score_sums_E are multiplied by the load of each token's own sequence
     per_sequence: bool = False

@@ -13,8 +13,9 @@ and its settings (the default dtype, the kernels of attention) for the process. 
 enter or set one before a wait and leave it after the wait: the other batches would run in it.
 `pass_turn` refuses it.
 
-Left out is what torch shows to nobody: `torch.random.fork_rng`, which would put the generator back
-after the other batch has drawn from it, and the order of the kernels in `sdpa_kernel`.
+Two changes are not checked, because torch has no way to read them: `torch.random.fork_rng`, which
+would reset the generator after the other batch has drawn from it, and the order of the kernels in
+`sdpa_kernel`.
 """
 
 from collections.abc import Callable, Sequence

@@ -42,7 +42,8 @@ class Mesh:
     None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that are
     gathered in float32.
 
-    A copy is the same object. A pickle holds the place alone, without groups and DeviceMeshes.
+    A copy is the same object. A pickle has no groups and DeviceMeshes: it holds the place or, if
+    ep_size is 1, the default place.
     """
 
     rank: int = 0
@@ -162,8 +163,8 @@ def with_kept_groups(make: Callable[..., Mesh], *layout: Any) -> Mesh:
     """Return make(*layout), or what an earlier call has made of the same layout.
 
     Every rank of the default group must call it. torch keeps a group until it is destroyed, and
-    each group of gloo has three threads. It cannot end with its training, as the module still sends
-    rows through it.
+    each group of gloo has three threads. A group cannot be destroyed after a training, because the
+    module still sends rows through it.
     """
     meshes = KEPT_MESHES.setdefault(dist.group.WORLD, {})
     key = (make, *layout)

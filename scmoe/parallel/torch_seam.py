@@ -123,9 +123,9 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def allow_graphs(number: int) -> None:
-    """Let torch.compile keep as many graphs of one function.
+    """Let torch.compile keep up to `number` graphs of one function.
 
-    With more than 8, it would leave the others uncompiled.
+    By default the limit is 8; code beyond it runs uncompiled.
     """
     import torch._dynamo  # here, as it takes a second
 

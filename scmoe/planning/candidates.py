@@ -67,9 +67,9 @@ def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
     """Return the candidate with the least time, then those that may be faster by more than LOSS;
     before the first round all, in their order.
 
-    These are within two standard errors of their ratio to it. Before FEWEST_ROUNDS all others are
-    returned. tried: the seconds of each candidate in every round. What disturbs a round disturbs
-    all of it, so times are compared within rounds.
+    A candidate may be faster if its median ratio to that one, less two standard errors, is below
+    1 - LOSS. Before FEWEST_ROUNDS all others are returned. tried: the seconds of each candidate in
+    every round. A disturbance affects a whole round, so only times of one round are compared.
     """
     names, rounds = list(tried), min(map(len, tried.values()))
     if not rounds:

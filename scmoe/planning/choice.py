@@ -24,8 +24,8 @@ from scmoe.schedule.stack import half_of, waiting_time, windows_time
 class LayerChoice:
     """What one MoE layer runs as, and why.
 
-    Times are in seconds, transfers one at a time, of the slowest rank of an EP group, the mean over
-    these groups. They are those of one batch in flight.
+    Times are in seconds, measured with one transfer at a time and one batch in flight: those of the
+    slowest rank of an EP group, averaged over the groups.
     """
 
     schedule: Schedule

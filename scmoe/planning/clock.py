@@ -36,8 +36,8 @@ def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
 
 
 def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, float | None]:
-    """Return what `run` returns and its seconds; None for these if the threads of this process
-    were ready to run and had no core for more than a share max_wait of them."""
+    """Return what `run` returns and its seconds; None in place of seconds if this process was
+    disturbed: its threads waited for a core for more than max_wait times the seconds."""
     waited, begun = _waited_s(), time.perf_counter()
     result = run()
     seconds = time.perf_counter() - begun

@@ -61,7 +61,7 @@ class Overlap:
 class Planner:
     """Chooses how a model runs.
 
-    Each rank calls begin_step and end_step around every training step, and close at the end.
+    Each rank calls begin_step and end_step around every micro-batch, and close at the end.
 
     group: the ranks that must agree. chunk_counts: numbers of chunks to choose from; no measured or
     chosen step runs with another. With a single one, and one batch in flight, every result stays
@@ -123,7 +123,7 @@ class Planner:
 
     @property
     def steps_to_choose(self) -> int:
-        """The number of steps after which the choice is made, at most."""
+        """The most micro-batches that pass before the choice is made."""
         before_trials = WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts)
         has_window = any(schedule.window for schedule in self.configured.blocks)
         numbers = max(len(self.chunk_counts), len(self.numbers_in_flight))

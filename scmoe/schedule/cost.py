@@ -49,7 +49,7 @@ def play_block(
 
 
 def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float]:
-    """Return the time of each operator where it runs once: of one chunk."""
+    """Return the time of one run of each operator; of PER_CHUNK ones, of one chunk."""
     return {op: t / schedule.chunks if op in PER_CHUNK else t for op, t in times.items()}
 
 

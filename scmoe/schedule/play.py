@@ -80,7 +80,7 @@ class Share(NamedTuple):
 
     @property
     def busier(self) -> float:
-        """Of the rank's link: its direction with more rows."""
+        """The larger of sent and received: the link's busier direction."""
         return max(self.sent, self.received)
 
 
@@ -192,10 +192,10 @@ def play(
 ) -> list[list[Span]]:
     """Return when each operator and transfer of an order runs, on each rank.
 
-    times: of each block, as long as an operator takes where it runs once, with even rows; one that
-    is missing takes none. LAUNCH is computed before each transfer, which begins after it. loads: of
-    each block; None: all ranks have even rows, so one of them stands for all. traffic: beside the
-    rows; None: none, and every transfer takes its duration.
+    times: for each block, the duration of one run of each operator, with even rows; an operator
+    without an entry takes no time. LAUNCH is computed before each transfer begins. loads: of each
+    block; None: all ranks have even rows, so one rank stands for all. traffic: what else the links
+    carry; None: nothing, and every transfer takes its duration.
     """
     ranks = 1 if loads is None else len(loads[0][0])
     clock = [0.0] * ranks

@@ -47,7 +47,7 @@ POSITIONS_OF: dict[str, tuple[str, ...]] = {
 class Schedule:
     """When the experts run, and in how many chunks.
 
-    It changes when operators run, never their results.
+    Results are bit-identical for every slot. Chunks change the rounding.
 
     position: where the tap is; None for the architectures without a shortcut. expert_slot: number
     of operators of the window that run before the experts; None: the middle of the window, or its

@@ -42,7 +42,7 @@ def half_of(times: OperatorTimes) -> OperatorTimes:
 def stack_time(layers: Layers, batches: int) -> float:
     """Return the time of a stack of blocks, forward and, if there are backward times, backward.
 
-    layers: with times of one of so many batches in flight."""
+    layers: with times of one batch in flight (of a half if batches is 2)."""
     total = 0.0
     for direction in ("forward", "backward"):
         total += elapsed(play_stack(layers, direction, batches))

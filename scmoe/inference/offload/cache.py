@@ -5,9 +5,10 @@
               run yet, see docs/inference.md
 
 All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots
-serve one layer after the other, and the smallest cache holds the experts that one token needs in
-one layer. If every slot is used, the least recently used expert is evicted. Slots are made once;
-nothing else on the device grows with the number of experts.
+serve one layer after the other. The smallest cache holds the experts that one token needs in one
+layer (and, for speculative, as many guessed ones). If every slot is used, the least recently used
+expert is evicted. Slots are made once; nothing else on the device grows with the number of
+experts.
 """
 
 import time

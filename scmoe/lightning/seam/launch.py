@@ -53,10 +53,9 @@ class ChildRanks(_MultiProcessingLauncher):
 def own_launcher(strategy: Any, launcher: Any) -> Any:
     """Return what starts the ranks in place of Lightning's launcher.
 
-    Raise RuntimeError in a notebook or an interactive Python where several ranks would be started:
-    their program cannot be run again.
-
-    There, Lightning refuses a launcher even for one rank, which needs none: None.
+    Return None for one rank in a notebook or an interactive Python: it needs no launcher, and
+    Lightning refuses one. Raise RuntimeError for several ranks there: their program cannot be run
+    again.
     """
     if type(launcher) is _MultiProcessingLauncher:
         return ChildRanks(strategy, launcher._start_method)

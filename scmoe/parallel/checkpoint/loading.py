@@ -129,10 +129,10 @@ def load_in_place(
     """Read a checkpoint into the module and the optimizers. Return the rest, and why it lacks
     entries.
 
-    strict: both must have the same entries; if not, the others stay as they are. Each rank verifies
-    its share of the files. The key "rng_states" holds this rank's states, if as many ranks wrote as
-    read. ValueError: no whole checkpoint, or another model's. An optimizer has no other state
-    afterwards than the checkpoint's.
+    strict: checkpoint and module must have the same entries; if False, entries that only one has
+    are skipped. Each rank verifies its share of the files. The key "rng_states" holds this rank's
+    states, if as many ranks wrote as read. ValueError: no whole checkpoint, or another model's. The
+    checkpoint's state replaces all earlier state of an optimizer.
     """
     together(mesh, lambda: durable.verify(path, slice(mesh.rank, None, mesh.world_size)))
     meta, reasons = rank_meta(read_meta(path), mesh)

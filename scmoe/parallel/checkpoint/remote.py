@@ -129,8 +129,8 @@ class Upload:
     def discard(self) -> None:
         """Remove what this rank has written, after an error.
 
-        Uploads stay, because the storage may have taken a manifest of which it has said that it
-        failed.
+        Uploaded files stay: a storage may have stored the manifest although it reported an
+        error.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -64,7 +64,7 @@ class Draft:
         durable.commit(self.folder, self.path, step, files)
 
     def discard(self) -> None:
-        """Leave nothing. A partial checkpoint would keep a full disk full."""
+        """Remove the partial checkpoint, so that a full disk has space again."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

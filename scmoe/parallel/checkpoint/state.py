@@ -245,9 +245,9 @@ def _can_be_stored(dtype: torch.dtype) -> bool:
 
 
 def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Copy what safetensors refuses.
+    """Yield all tensors; copy those that safetensors refuses.
 
-    These are other strides (channels_last), and a second name of the same storage.
+    It refuses other strides (channels_last), and a second name of one storage.
     """
     seen = set[int]()
     for name, tensor in tensors.items():

@@ -34,8 +34,8 @@ def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]
 def possible_modes(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> list[str]:
     """Return the modes of dense weights that can be used, the least communication first.
 
-    There is no `hybrid` where a node has one rank or all, and only `replicated` where an expert's
-    width is no multiple of the edp_size ranks that hold it.
+    There is no `hybrid` where a node has one rank or all, and only `replicated` where the experts'
+    dim or ffn_dim is no multiple of edp_size, the ranks that hold them.
     """
     if any(p.shape[1] % edp_size for _, p in expert_parameters(module)):  # as `shard` requires
         return ["replicated"]

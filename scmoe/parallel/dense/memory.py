@@ -66,7 +66,7 @@ class RankJob:
 
     ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
     samples: of a rank in one batch; accumulate: batches of a step. dense: replicated, sharded or
-    hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed.
+    hybrid. wire_bytes: of a number that is sent between ranks; None: as it is computed.
     parts: of a batch that go through the blocks in turns, at most. busiest_rows: of the experts of
     the busiest rank, over those of an even load.
     """
@@ -123,8 +123,8 @@ class Split:
         hybrid        dense weights over the ranks of a node, with a copy on each node; experts over
                       edp
 
-    Dense weights are split on dim 0, of which each rank but the last has the same number of rows,
-    rounded up; what is gathered has as many rows on every rank. Experts are split on dim 1, evenly.
+    Dense weights are split on dim 0 into parts of ceil(rows / ranks) rows; the last parts may have
+    fewer or none. A gather pads each part to the full size. Experts are split on dim 1, evenly.
     Under bf16-mixed, matrices are gathered in bfloat16, but routers and vectors in float32, and all
     gradients are summed in float32.
     """

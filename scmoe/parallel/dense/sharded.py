@@ -99,8 +99,8 @@ def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:
     precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16: gathered in
     float32, each would have a bfloat16 copy by autocast, kept until backward. Routers and vectors
     (norms, biases, head scales) stay in float32. Under bf16-true routers alone are in float32.
-    Selection biases are not split. ValueError: an expert's width is not a multiple of the number of
-    ranks that hold this expert; blocks share weights.
+    Selection biases are not split. ValueError: the experts' dim or ffn_dim is not a multiple of the
+    number of ranks that hold them (edp_size); blocks share weights.
     """
     assert (
         mesh.device_mesh is not None and mesh.dense_mesh is not None and mesh.exact_mesh is not None
@@ -147,10 +147,10 @@ def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:
 
 
 def prefetch(module: nn.Module) -> None:
-    """Let a unit's weights be gathered while the unit before it computes.
+    """Let a unit's weights be gathered while the unit before it computes, on CPUs.
 
-    This holds in forward and in backward, on CPUs alone, where FSDP would wait for each gather. On
-    GPUs it gathers on a stream, ahead of the computation.
+    It acts in forward and in backward. On CPUs FSDP would otherwise wait for each gather; on GPUs
+    FSDP gathers ahead of the computation anyway, on its own stream.
     """
     split = next(p for p in module.parameters() if isinstance(p, DTensor))
     if split.device_mesh.device_type == "cpu":
@@ -189,7 +189,7 @@ def check_placements(module: nn.Module, mesh: Mesh) -> None:
 def reshard(module: nn.Module) -> None:
     """Let every parameter be this rank's part again.
 
-    After a forward without backward the outermost unit is whole.
+    After a forward without backward, the last block and the outermost unit are whole.
     """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
@@ -210,8 +210,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def make_equal(module: nn.Module, mesh: Mesh) -> None:
     """Broadcast each part of a weight from the first rank that holds it to the others.
 
-    Buffers of split modules are rank 0's, as DDP does for whole modules. Weights differ if the
-    ranks' generators differed when the module was built.
+    Unsplit dense weights are left to DDP or Lightning. Buffers of split modules are rank 0's, as
+    in DDP. Weights differ if the ranks' generators differed when the module was built.
     """
     groups = {p: mesh.edp_group for _, p in expert_parameters(module) if mesh.edp_size > 1}
     groups |= dict.fromkeys(

@@ -23,8 +23,8 @@ def share_between_turns(unit: FSDPModule) -> None:
 
 
 class _Pass:
-    """A forward pass through a unit. forwards, backwards: of its batches, which have not left the
-    unit yet."""
+    """A forward pass through a unit. forwards, backwards: how many of its batches have not yet left
+    the unit in that direction."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns

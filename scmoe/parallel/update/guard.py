@@ -106,9 +106,9 @@ class Guard:
         )
 
     def _first(self) -> str | None:
-        """Return the name of what was the first not to be finite on this rank.
+        """Return the name of the first value on this rank that is not finite; None: all are.
 
-        It is a weight that was not finite before, else the first result, else a gradient.
+        Weights are searched first, then the noted results in their order, then gradients.
         """
         for name, p in self.module.named_parameters():
             if not local(p).isfinite().all():

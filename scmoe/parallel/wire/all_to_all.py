@@ -88,8 +88,8 @@ def point_to_point(
     gloo sends rows after the peer has announced that it expects them. gloo's own All-to-All
     announces this after it has started to send: on the later rank the announcement queues behind
     its own rows, and the two directions of a link take turns. Posting takes some milliseconds while
-    other rows arrive, so a thread does it while the caller computes (docs/decisions/0019-point-to-
-    point.md has the measurements).
+    other rows arrive, so a thread does it while the caller computes
+    (docs/decisions/0019-point-to-point.md has the measurements).
     """
     return Posted(thread("all-to-all").submit(post, target, rows, received, sent, group))
 
@@ -298,8 +298,8 @@ class AllToAllDispatcher:
         So all of them notice if one would receive too many.
         """
         gathered = counts_PE.new_empty(self.ep_size * len(counts_PE), counts_PE.shape[1])
-        # into one tensor: NCCL would copy a list from one, with a kernel for each rank
-        # its name in older torch is the second one
+        # into one tensor: into a list, NCCL would copy with a kernel for each rank.
+        # older torch has only the second of the two names
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         work = gather(gathered, counts_PE.contiguous(), group=self.counts_group, async_op=True)
         # [sender, chunk, receiver, e]

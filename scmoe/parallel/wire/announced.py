@@ -27,10 +27,10 @@ class ReadByHost:
     ceiling: float | None
 
     def wait(self) -> list[ChunkCounts]:
-        """Wait for the counts on the host.
+        """Wait for the counts on the host, once for each layer.
 
-        This is the one place where the host waits for the device in a step without slots, once for
-        each layer.
+        Without slots the host can wait for the device in two more places: `arrange_filled` (padded)
+        and `mlps_in_turn`.
         """
         self.work.wait()
         rows = self.by_rank.sum(-1).cpu()  # [sender, chunk, receiver]
