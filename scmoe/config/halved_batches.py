@@ -85,6 +85,11 @@ def may_run_two_batches(config: Config) -> bool:
     return not any(True for check in checks for _ in check(two))
 
 
+def without_number(schedule: ScheduleConfig) -> ScheduleConfig:
+    """Return a schedule that leaves the number of batches in flight open."""
+    return replace(schedule, batches_in_flight=None)
+
+
 def possible_batches(config: Config) -> tuple[int, ...]:
     """Return the numbers of batches in flight that a training can have: the configured one, or
     those from which schedule.auto chooses."""

@@ -21,18 +21,18 @@ IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
 @dataclass(frozen=True)
 class AskedConfig:
     """source: where the values are from, for messages. values: combinations are not checked.
-    given: the keys that somebody typed. has_batch: False for a preset without one."""
+    typed: the keys that somebody typed. has_batch: False for a preset without one."""
 
     source: str
     values: Config
-    given: frozenset[str]
+    typed: frozenset[str]
     has_batch: bool
 
     def with_accumulate(self, batches: int) -> "AskedConfig":
         """Return the config as if somebody had typed trainer.accumulate."""
         trainer = replace(self.values.trainer, accumulate=batches)
         values = replace(self.values, trainer=trainer)
-        return replace(self, values=values, given=self.given | {"trainer.accumulate"})
+        return replace(self, values=values, typed=self.typed | {"trainer.accumulate"})
 
     @property
     def usual_samples(self) -> int:
@@ -47,8 +47,8 @@ def read_asked(name: str | Path, overrides: Sequence[str] = ()) -> AskedConfig:
     """Read a config, by a file or a name, and overrides. ConfigError: as `load_config`, but for
     combinations of values."""
     path = find(name)
-    given = frozenset(key_of(word) for word in overrides)
-    has_batch = path.parent.name != "model" or "data.global_batch_size" in given
+    typed = frozenset(key_of(word) for word in overrides)
+    has_batch = path.parent.name != "model" or "data.global_batch_size" in typed
     return AskedConfig(
-        f"{path} and command line", read_unchecked(path, overrides), given, has_batch
+        f"{path} and command line", read_unchecked(path, overrides), typed, has_batch
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import without_number
 from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import validate
 from scmoe.loads import BALANCED
@@ -73,7 +74,7 @@ def smaller_requests(request: Request) -> Iterator[Request]:
     """Yield a preset's request with its step in more and more batches. Nothing if samples or
     trainer.accumulate is given, or prefill is judged."""
     asked = request.config
-    fixed = request.samples or request.prefill or "trainer.accumulate" in asked.given
+    fixed = request.samples or request.prefill or "trainer.accumulate" in asked.typed
     if asked.has_batch or fixed:
         return
     for batches in BATCHES:
@@ -142,7 +143,7 @@ def judged_config(
         trainer=trainer,
         data=data,
         strategy=replace(asked.strategy, ep_size=math.gcd(asked.moe.num_experts, ranks)),
-        schedule=replace(asked.schedule, batches_in_flight=None),
+        schedule=without_number(asked.schedule),
         model=replace(asked.model, layers=request.stage_layers or asked.model.layers),
     )
     validate(config, request.config.source)
@@ -154,18 +155,18 @@ def check_words(request: Request, profile: Profile) -> None:
     advice cannot honour."""
     asked = request.config
     for key in SET_BY_REQUEST:
-        if key in asked.given:
+        if key in asked.typed:
             raise ConfigError(
                 f"command line: {key} is given, but ranks=N, ep=N and the cluster set it. Give"
                 " those alone."
             )
-    if any(key.partition(".")[0] == "schedule" for key in asked.given):
+    if any(key.partition(".")[0] == "schedule" for key in asked.typed):
         raise ConfigError(
             "command line: schedule is given, but advise compares slots, chunks and batches in"
             " flight. Leave it out."
         )
     precision = asked.values.trainer.precision
-    if "trainer.precision" in asked.given and precision != profile.precision:
+    if "trainer.precision" in asked.typed and precision != profile.precision:
         raise ConfigError(
             f"command line: trainer.precision is given, but the rates of cluster {profile.name} are"
             f" those of {profile.precision}. Leave it out, or write a profile of another precision"
@@ -226,7 +227,7 @@ def batches_of(request: Request, groups: int) -> tuple[int, int]:
     accumulate = config.trainer.accumulate
     if accumulate < 1:
         raise ConfigError(f"trainer.accumulate is {accumulate}, allowed: 1 or more")
-    is_given = "trainer.accumulate" in asked.given
+    is_given = "trainer.accumulate" in asked.typed
     if request.prefill:
         if is_given and accumulate > 1:
             raise ConfigError(

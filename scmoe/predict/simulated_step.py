@@ -100,8 +100,8 @@ class StepSetting:
     stages, virtual_stages: of a pipeline, and of each of them. sums_at_once: that share the link
     with a transfer of rows.
     burst: seconds of transfers that an idle link saves at most (shared_link.py). tax: what
-    computation loses of the time that a transfer runs beside it. longer: by what factor two
-    halves of a batch take longer to compute than the batch, launches and weights aside. update_s,
+    computation loses of the time that a transfer runs beside it. longer: by what factor a
+    batch in two parts takes longer to compute than in one, launches and weights aside. update_s,
     other_s: seconds of a step.
     """
 

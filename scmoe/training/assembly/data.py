@@ -4,6 +4,7 @@ A data set is a function (config, arguments of PositionedDataModule) -> datamodu
 its name.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,6 @@ from scmoe.datamodules.sequences import SyntheticDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.parallel.checkpoint.loading import read_meta
-from scmoe.report import say
 
 register_dataset = DATASETS.register
 
@@ -37,7 +37,11 @@ def prepare_data(
         data.setup("fit")
     if data.skipped and warn:
         more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
-        say(f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}")
+        print(
+            f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}",
+            file=sys.stderr,
+            flush=True,
+        )
     if weights is not None and isinstance(data, TextDataModule):
         check_tokenizer(data, weights)
 
