@@ -38,7 +38,7 @@ from experiments.figures.measured import (
     module_share,
     read_reports,
 )
-from experiments.tables.table_chart import draw_differences, draw_equal_time
+from experiments.tables.table_chart import draw_equal_time, draw_table
 from experiments.tables.table_page import body, heading
 from scmoe.config.leaves import ConfigError
 from scmoe.report import Report
@@ -86,7 +86,7 @@ def pictures() -> dict[str, Callable[[Path], None]]:
             drawings[name] = partial(draw_of(name), readme.read(report))
         elif (table := RESULTS / name / "results.json").exists():
             results = readme.read(table)
-            drawings[name] = partial(draw_differences, results)
+            drawings[name] = partial(draw_table, results)
             if len(results["equal_time"]) > 1:
                 drawings[f"{name}-equal-time"] = partial(draw_equal_time, results)
     if any(FIGURE_8.glob("*.json")):

@@ -96,8 +96,8 @@ def sgd(config: Config, parameters: Trained) -> torch.optim.Optimizer:
 
 @scmoe.register_callback("surprise")
 class Surprise(Callback):
-    """Says between how many tokens the model hesitates, exp(loss), every so many steps. Every rank
-    has a callback."""
+    """Print the perplexity, exp(loss), every `every` steps. Every rank has this callback; rank 0
+    prints."""
 
     def __init__(self, every: int = 10) -> None:
         self.every = every

@@ -17,6 +17,12 @@ SHORT_NAME = 17  # letters that fit beside a chart on one line
 BEYOND = 1.6  # the axis reaches this many times as far as any seed
 
 
+def draw_table(results: Results, path: Path) -> None:
+    """Draw the answers of a registered experiment, else the differences to the baselines."""
+    draw = draw_answers if "decision" in results else draw_differences
+    draw(results, path)
+
+
 def draw_differences(results: Results, path: Path) -> None:
     """Draw the differences to the baselines: the paper's, where it prints them, and ours."""
     rows = [row for row in results["rows"] if row["minus_baseline"] is not None]

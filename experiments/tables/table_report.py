@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.tables.results import results
-from experiments.tables.table_chart import draw_answers, draw_differences, draw_equal_time
+from experiments.tables.table_chart import draw_equal_time, draw_table
 from experiments.tables.table_file import PaperTable
 from experiments.tables.table_page import markdown
 from experiments.tables.table_runs import Run
@@ -20,8 +20,7 @@ def write_report(table: PaperTable, scale: str, runs: Sequence[Run], command: st
     content = results(table, scale, runs, command)
     write_whole(folder / "results.json", content)
     (folder / "table.md").write_text(markdown(content), encoding="utf-8")
-    draw = draw_differences if table.decision is None else draw_answers
-    draw(content, folder / "chart.png")
+    draw_table(content, folder / "chart.png")
     names = ["table.md", "results.json", "chart.png"]
     if len(content["equal_time"]) > 1:  # a speed has been measured
         draw_equal_time(content, folder / "equal_time.png")

@@ -110,8 +110,8 @@ class TrainerConfig:
     max_steps: int | None = option(200, "optimizer steps; null: as trainer.max_tokens says", COUNT)
     max_tokens: int | None = option(
         None,
-        "tokens to train on in place of trainer.max_steps=null, up to the end of a step; of all"
-        " ranks together",
+        "tokens to train on, with trainer.max_steps=null, up to the end of a step; of all ranks"
+        " together",
         Range(1, 1e15),
     )
     accumulate: int = option(1, "batches accumulated for one optimizer step", COUNT)

@@ -185,3 +185,9 @@ def test_an_experiment_opens_with_the_papers_values_its_command_and_its_cost(pat
     found = re.findall(r"^#   (paper|command|cost)  +\S", head[0], re.MULTILINE)
     assert found == ["paper", "command", "cost"]
     assert re.search(r"\d\.\d|\d{2}\.\d", head[0])
+
+
+def test_the_registered_experiment_compares_the_loss_that_was_registered():
+    decision = (ROOT / "docs/decisions/0047-quality.md").read_text(encoding="utf-8")
+    compared = load_table("quality", CONFIGS).decides.name
+    assert f"**The loss that is compared is the {compared}**" in decision
