@@ -49,7 +49,7 @@ def draw_answers(results: Results, path: Path) -> None:
     decision = results["decision"]
     pairs = decision["rows"]
     signed = value_format(results["unit"]).replace(":", ":+")
-    with chart(path, 2.4 + 0.5 * len(pairs)) as figure:
+    with chart(path, 2.4 + 0.8 * len(pairs)) as figure:  # a pair's name has up to four lines
         axis = figure.subplots()
         margin = decision["margin"]
         axis.axvspan(-margin, margin, color="#e8e8e8", label=f"margin of {margin:g}")
@@ -61,7 +61,7 @@ def draw_answers(results: Results, path: Path) -> None:
                 text = f"{signed.format(tested['difference'])}: {tested['answer']}"
                 _label(axis, text, tested["difference"], height)
         names = [pair.replace(" minus ", "\nminus ") for pair in pairs]
-        below = f"difference in {results['metric'].replace('_', ' ')}, {results['unit']}"
+        below = f"difference in {results['metric'].replace('_', ' ')},\n{results['unit']}"
         _explain(figure, [axis], names, below, 3)
         heading(figure, f"{results['title']}\nleft is better for the first row of a pair")
 

@@ -159,8 +159,8 @@ def decision_part(decision: Results, form: str) -> list[str]:
             numbers = [
                 signed.format(tested["difference"]),
                 _numbers(" to ", signed, *tested["interval"]),
-                f"{tested['tost_p']:.4f} ({tested['tost_level']:.4f})",
-                f"{tested['p']:.4f} ({tested['level']:.4f})",
+                f"{_four_digits(tested['tost_p'])} ({tested['tost_level']:.4f})",
+                f"{_four_digits(tested['p'])} ({tested['level']:.4f})",
             ]
         cells.append([pair, tested["answer"], *numbers, str(tested["n"])])
     columns = (
@@ -186,6 +186,10 @@ def decision_part(decision: Results, form: str) -> list[str]:
         "",
         *markdown_table(columns, cells, numbers=True),
     ]
+
+
+def _four_digits(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
 def _other_metrics(results: Results) -> list[str]:
