@@ -115,10 +115,9 @@ def cells_of(report: OverlapReport) -> dict[str, str]:
             gain = getattr(rows[row], comparison)
             medians = [gain[kind]["median"] for kind in ORDER]
             cells[f"{name_of(row)} {words}"] = "; ".join(f"{ratio:.2f}" for ratio in medians)
-    for row, figures in rows.items():
-        if figures.peak_over_one_batch is not None:
-            label = f"memory, {name_of(row)}, two batches over one"
-            cells[label] = f"{figures.peak_over_one_batch:.2f}"
+    peaks = [row.peak_over_one_batch for row in rows.values()]
+    if known := [peak for peak in peaks if peak is not None]:
+        cells["memory, two batches over one"] = f"{min(known):.2f} to {max(known):.2f}"
     return cells
 
 
