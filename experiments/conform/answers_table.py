@@ -27,13 +27,13 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def table_lines() -> list[str]:
-    """Return the lines of the table, in Markdown, and the other questions: which of them only scmoe
-    was asked, and which nobody was."""
+    """Return the lines of the table, in Markdown, and the questions without a failure: those that
+    libraries answered, those that only scmoe's layers did, and those that none did."""
     reports = results().values()
     rows = [[name, *(cell(report["questions"][name]) for report in reports)] for name in NAMES]
     failed = [row for row in rows if not GOOD.issuperset(row[1:])]
     table = markdown_table(["", *(report["title"] for report in reports)], failed)
-    asked: dict[str, list[str]] = {"others": [], "scmoe": [], "nobody": []}
+    asked: dict[str, list[str]] = {"others": [], "scmoe": [], "none": []}
     for name, *cells in rows:
         if not GOOD.issuperset(cells):
             continue
@@ -42,11 +42,11 @@ def table_lines() -> list[str]:
             for report, answer in zip(reports, cells, strict=True)
             if answer == SHORT["passed"]
         }
-        asked["others" if "others" in who else "scmoe" if who else "nobody"].append(name)
+        asked["others" if "others" in who else "scmoe" if who else "none"].append(name)
     words = {
-        "others": "Nobody who was asked failed in:",
-        "scmoe": "Only scmoe was asked, and passed:",
-        "nobody": "Nobody was asked:",
+        "others": "No layer failed in:",
+        "scmoe": "Only scmoe's layers answered, and passed:",
+        "none": "No layer could be asked:",
     }
     said = [f"{words[who]} {'; '.join(names)}." for who, names in asked.items() if names]
     return [*table, "", " ".join(said)]

@@ -21,7 +21,7 @@ IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
 @dataclass(frozen=True)
 class AskedConfig:
     """source: where the values are from, for messages. values: combinations are not checked.
-    typed: the keys that somebody typed. has_batch: False for a preset without one."""
+    typed: the keys on the command line. has_batch: False for a preset without one."""
 
     source: str
     values: Config
@@ -29,7 +29,7 @@ class AskedConfig:
     has_batch: bool
 
     def with_accumulate(self, batches: int) -> "AskedConfig":
-        """Return the config as if somebody had typed trainer.accumulate."""
+        """Return the config with trainer.accumulate as if from the command line."""
         trainer = replace(self.values.trainer, accumulate=batches)
         values = replace(self.values, trainer=trainer)
         return replace(self, values=values, typed=self.typed | {"trainer.accumulate"})

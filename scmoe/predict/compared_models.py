@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -75,7 +76,7 @@ def job_of(request: Request, profile: Profile) -> Job:
         return first
     standard = standard_of(first.config)
     memory = memory_of(build_on_meta(standard, None), "top_k", rank_job(standard))
-    for job in (first, *(job_in_batches(each, profile) for each in smaller)):
+    for job in chain([first], (job_in_batches(each, profile) for each in smaller)):
         if min(memory(ep_size, 1, 1, job.samples) for ep_size in job.ep_sizes) <= most:
             return job
     return first
