@@ -22,11 +22,8 @@ def main(
         tables: such as table3 (default: tables 1 to 7)
     """
     numbered = [name for name in table_names() if re.fullmatch(r"table\d+", name)]
-    names = (
-        tables
-        or [name for name in numbered if options.scale in load_table(name).scales]
-        or numbered
-    )
+    of_scale = [name for name in numbered if options.scale in load_table(name).scales]
+    names = tables or of_scale or numbered
     for name in names:
         check_scale(load_table(name), options.scale)
     require("a table", "matplotlib", "scipy")

@@ -27,9 +27,8 @@ PRELOADED[:] = [
 ]
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
 torch.set_num_threads(1)
-settings.register_profile(
-    "scmoe", deadline=None, max_examples=50
-)  # the machine is shared: a slow example is not a failure
+# the machine is shared: a slow example is not a failure
+settings.register_profile("scmoe", deadline=None, max_examples=50)
 settings.load_profile("scmoe")
 
 

@@ -119,10 +119,11 @@ def window_attention(
         r, c = ((places - shift) % side % window for places in (rows, columns))
         down, right = r[:, None] - r + window - 1, c[:, None] - c + window - 1
         for h in range(heads):
+            # [B, places, size]
             q, k, v = (
                 qkv[:, rows, columns, i * dim + h * size : i * dim + (h + 1) * size]
                 for i in range(3)
-            )  # [B, places, size]
+            )
             q, k = (t / (t**2).sum(-1, keepdim=True).sqrt() for t in (q, k))
             match = q @ k.transpose(1, 2) * scale[h] + bias[down, right, h]
             y[:, rows, columns, h * size : (h + 1) * size] = match.softmax(-1) @ v

@@ -158,9 +158,8 @@ def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
     program = tmp_path / "my venv/bin/scmoe"
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
-    monkeypatch.setattr(
-        installation, "own_program", lambda: program
-    )  # test_extras.py tests which one that is
+    # test_extras.py tests which one that is
+    monkeypatch.setattr(installation, "own_program", lambda: program)
     monkeypatch.setenv("PATH", "/usr/bin")
     assert scmoe("runs", "a b") == f"'{program}' runs 'a b'"
     monkeypatch.chdir(tmp_path)

@@ -135,9 +135,8 @@ def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
             events[0].record()
             _there_and_back(rows, target, rate)
             events[1].record()
-        rows.record_stream(
-            stream
-        )  # the caching allocator must not hand either buffer out before the copies are done
+        # the caching allocator must not hand either buffer out before the copies are done
+        rows.record_stream(stream)
         target.record_stream(stream)
         return target, OnStream(events)
 

@@ -81,9 +81,8 @@ def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
 def allocated_peak(recording: profile) -> int:
     """Return the most bytes that were allocated at a time, beyond those before the profile."""
     events = [e for e in read_events(recording) if e.get("name") == "[memory]"]
-    changes = (
-        e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])
-    )  # below 0 where memory is freed
+    events.sort(key=lambda event: event["ts"])
+    changes = [event["args"]["Bytes"] for event in events]  # below 0 where memory is freed
     return max(itertools.accumulate(changes), default=0)
 
 

@@ -152,9 +152,8 @@ def _receive(pipe: Connection) -> _Report:
     try:
         return pickle.loads(pipe.recv_bytes())  # safe: only the rank can write into its pipe
     except (EOFError, ConnectionError):
-        return _Report(
-            0.0, None, "the process ended without a report: killed, or out of memory"
-        )  # peers fail later
+        # peers fail later
+        return _Report(0.0, None, "the process ended without a report: killed, or out of memory")
 
 
 def _run_rank(

@@ -162,11 +162,9 @@ def model_of(job: Job, profile: Profile) -> Model:
     for known, model in COUNTED:
         if known == key:
             return model
-    (model,) = (
-        each
-        for each in models_for(job, profile, "balanced")
-        if each.schedule.architecture == config.moe.architecture
-    )
+    compared = models_for(job, profile, "balanced")
+    own = config.moe.architecture
+    (model,) = [each for each in compared if each.schedule.architecture == own]
     COUNTED.append((key, model))
     return model
 

@@ -63,19 +63,15 @@ class Scale:
     config: Path
     seeds: int  # their number
     jobs: int  # runs in parallel; 0: all in one process
-    minutes: float = (
-        0.0  # of the whole table at this scale, as measured or calculated in its file's header
-    )
-    evaluate: tuple[str, ...] | None = (
-        None  # the evaluate command's words after the run; None: no evaluation
-    )
+    # of the whole table at this scale, as measured or calculated in its file's header
+    minutes: float = 0.0
+    # the words of the evaluate command after the run; None: no evaluation
+    evaluate: tuple[str, ...] | None = None
     bench: tuple[str, ...] | None = None  # the words of `bench overlap`; None: no speeds
-    shares: tuple[float, ...] | None = (
-        None  # those of the table's shares that are measured at this scale; None: all
-    )
-    otherwise: str | None = (
-        None  # the scale that is run where the config's data set is not on this machine
-    )
+    # those of the table's shares that are measured at this scale; None: all
+    shares: tuple[float, ...] | None = None
+    # the scale that is run where the config's data set is not on this machine
+    otherwise: str | None = None
     first_seed: int = 1  # a search has other seeds than the table whose rates it finds
     # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs
     # between scales
@@ -163,9 +159,8 @@ def load_table(name: str, root: Path | None = None) -> PaperTable:
         raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root or FOLDER))}")
     try:
         return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
-    except (
-        ValueError
-    ) as error:  # ConfigError, or a text that is not UTF-8, or a quotation without its end
+    # ConfigError, or a text that is not UTF-8, or a quotation without its end
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -34,14 +34,8 @@ from scmoe.runs.seen import SeenRun, flat
 from scmoe.sweeps.checks import is_number
 from scmoe.sweeps.jobs import State, StudyJob, config_digest
 
-OWN = (
-    "model.",
-    "moe.",
-    "schedule.",
-    "optim.lr",
-    "options",
-    "name",
-)  # keys in which rows may differ
+# keys in which rows may differ
+OWN = ("model.", "moe.", "schedule.", "optim.lr", "options", "name")
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,8 @@ from scmoe.config.leaves import ConfigError, four_digits, key_of
 from scmoe.parallel.container_memory import GIB
 from scmoe.report import console, print_result
 
-RANKS = (
-    "trainer.devices",
-    "trainer.num_nodes",
-    "strategy.ep_size",
-)  # the fields that ep and dp set
+# the fields that ep and dp set
+RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")
 MIB = 2**20
 MOMENTS = {
     "adamw": "AdamW's two moments",

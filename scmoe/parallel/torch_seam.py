@@ -145,9 +145,8 @@ def set_default_timeout(timeout: timedelta) -> None:
 
     Single receives over gloo keep their limit.
     """
-    public = getattr(
-        dist, "set_timeout", None
-    )  # new in torch 2.15, where the private name warns at each call
+    # new in torch 2.15, where the private name warns at each call
+    public = getattr(dist, "set_timeout", None)
     set_timeout = public or dist.distributed_c10d._set_pg_timeout
     set_timeout(timeout)
 

@@ -161,9 +161,8 @@ def counted_model(
     moe = config.moe
     usual = replace(config, schedule=type(config.schedule)())
     training = rank_job(usual)
-    slots = (
-        moe.capacity_factor if rows_are_padded(config) else None
-    )  # that travel, over fair shares
+    # of the slots that travel, over fair shares
+    slots = moe.capacity_factor if rows_are_padded(config) else None
     full_model = build_on_meta(usual, shared_dim)
     routers = [block.moe.router for block in moe_blocks_of(full_model)]
 

@@ -338,13 +338,8 @@ class _Timing(NamedTuple):
         direction reads and writes them. Of a pipeline, only what makes the last stage longer than
         the others."""
         parts = self.costs.head
-        loss = (
-            2
-            * self.costs.logits_bytes
-            * self.sizes.rows
-            / self.sizes.tensor_parallel
-            / self.machine.memory
-        )
+        logits_bytes = self.costs.logits_bytes * self.sizes.rows / self.sizes.tensor_parallel
+        loss = 2 * logits_bytes / self.machine.memory
         forward = sum(map(self.forward, parts))
         backward = sum(map(self.backward, parts))
         share = backward / (backward + loss)

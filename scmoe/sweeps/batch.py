@@ -24,12 +24,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from scmoe.command_line import call
 from scmoe.sweeps.jobs import StudyJob, clock, last_line
 
-STOPPED = (
-    143,
-    130,
-    -signal.SIGTERM,
-    -signal.SIGINT,
-)  # exit codes of a training that was asked to stop
+# exit codes of a training that was asked to stop
+STOPPED = (143, 130, -signal.SIGTERM, -signal.SIGINT)
 STOP_GRACE_S = 60.0  # time for a training that is asked to stop, to write its checkpoint
 POLL_S = 0.1
 SAY_EVERY_S = 60.0  # where there is no terminal

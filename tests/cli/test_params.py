@@ -63,9 +63,8 @@ def test_params_prints_json_for_the_given_preset(capsys):
         load_config(parameters.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"])
     )
     total = sum(p.numel() for p in model.parameters())
-    idle = (
-        sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8
-    )  # only experts have stacked weights
+    # only experts have stacked weights
+    idle = sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8
     assert counts["gpt2_moe_small_tiny"]["scmoe"] == {"total": total, "active": total - idle}
 
 

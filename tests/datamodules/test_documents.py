@@ -21,9 +21,8 @@ def test_text_is_split_at_its_end_without_loss(folder, tmp_path):
     )
     assert "".join(document for documents in splits.values() for document in documents) == whole
     for split in ("val", "test"):
-        assert len("".join(splits[split])) / len(whole) == pytest.approx(
-            0.05, abs=0.01
-        )  # 0.01: two lines of 12 kB
+        # 0.01: two lines of 12 kB
+        assert len("".join(splits[split])) / len(whole) == pytest.approx(0.05, abs=0.01)
     assert all(documents[-1].endswith("\n") for documents in splits.values())
 
     for name in ("train", "valid", "test"):
@@ -43,9 +42,8 @@ def test_sotu_is_split_by_date():
     megabytes = {
         split: sum(len(t.encode()) for t in texts) / 1e6 for split, texts in documents.items()
     }
-    assert megabytes == pytest.approx(
-        {"train": 11.50, "val": 0.34, "test": 0.35}, abs=0.005
-    )  # known to 10 kB
+    # known to 10 kB
+    assert megabytes == pytest.approx({"train": 11.50, "val": 0.34, "test": 0.35}, abs=0.005)
 
 
 def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):

@@ -95,13 +95,11 @@ def test_synthetic_tokens_are_a_function_of_the_position():
     assert tokens[100:200].tolist() == tokens[:][100:200].tolist()
     assert len(tokens[49_990:60_000]) == 11
     for other in (SyntheticTokens(2, 0, 50_001, 64), SyntheticTokens(1, 1, 50_001, 64)):
-        assert (tokens[:] == other[:]).mean() == pytest.approx(
-            1 / 64, abs=0.004
-        )  # 7 standard deviations
+        # 7 standard deviations
+        assert (tokens[:] == other[:]).mean() == pytest.approx(1 / 64, abs=0.004)
     counts = np.bincount(tokens[:], minlength=64)
-    assert (
-        counts.min() > 600 and counts.max() < 970
-    )  # 781 are expected, the standard deviation is 28
+    # 781 are expected, the standard deviation is 28
+    assert counts.min() > 600 and counts.max() < 970
 
 
 def synthetic():
@@ -118,6 +116,5 @@ def test_synthetic_module_keeps_the_same_laws():
     assert len(alone) == 5 and all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     windows = list(make().val_dataloader())
     assert sum(batch["num_bytes"].sum().item() for batch in windows) == 6 * 8
-    assert make().unigram_bits_per_byte() == pytest.approx(
-        6, abs=0.02
-    )  # log2 64, and the counts' noise
+    # log2 64, and the counts' noise
+    assert make().unigram_bits_per_byte() == pytest.approx(6, abs=0.02)

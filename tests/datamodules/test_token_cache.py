@@ -80,6 +80,5 @@ def test_cache_holds_the_documents(make, folder):
             document + END_OF_TEXT for document in documents[split]
         )
         assert bytes_of(data, split) == sum(len(document.encode()) for document in documents[split])
-    assert (
-        len(pickle.dumps(data.splits.tokens["train"])) < 500
-    )  # a worker gets the path, not the tokens
+    # a worker gets the path, not the tokens
+    assert len(pickle.dumps(data.splits.tokens["train"])) < 500

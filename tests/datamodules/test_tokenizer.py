@@ -31,9 +31,8 @@ def trained():
 def test_decode_undoes_encode(trained):
     assert trained.decode(trained.encode(STRANGE)) == STRANGE
     assert trained.encode("").shape == (0,)
-    assert trained.end_of_text not in trained.encode(
-        STRANGE
-    )  # its spelling in a text is ordinary text
+    # its spelling in a text is ordinary text
+    assert trained.end_of_text not in trained.encode(STRANGE)
 
 
 def test_token_bytes_sum_to_the_utf8_length(trained):
@@ -131,9 +130,8 @@ def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
     its bytes."""
     llama(form).save(str(tmp_path / "llama.json"))
     strange = f"  the{STRANGE}</s> <0x41> ▁the▁ "
-    data = make(
-        tokenizer=str(tmp_path / "llama.json"), vocab_size=400
-    )  # its tokenizer comes from the cache
+    # its tokenizer comes from the cache
+    data = make(tokenizer=str(tmp_path / "llama.json"), vocab_size=400)
     ids = data.tokenizer.encode(strange)
     assert data.tokenizer.decode(ids) == strange
     tokenizer = Tokenizer.load(tmp_path / "llama.json")

@@ -189,8 +189,7 @@ def test_the_paper_s_values_are_those_of_its_tables():
                 kind: row.paper[f"{word} speed-up"]
                 for kind, word in (("train", "training"), ("forward", "inference"))
             }
-            printed.setdefault(
-                row.speed, speeds
-            )  # Table 2 has two models; GPT2-MoE-Medium stands first
+            # Table 2 has two models; GPT2-MoE-Medium stands first
+            printed.setdefault(row.speed, speeds)
         for row, speeds in PAPERS[share].rows.items():
             assert printed[row] == speeds, (share, row)

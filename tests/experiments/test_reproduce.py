@@ -11,13 +11,8 @@ from experiments.tables.table_file import load_table
 from scmoe.config.load import load_config
 from tests.support.commands import ROOT, Done, run
 
-SMOKE = (
-    "--scale",
-    "smoke",
-    "--seeds",
-    "1",
-    "analysis.expert_load=false",
-)  # its chart takes a fifth of such a run
+# its chart takes a fifth of such a run
+SMOKE = ("--scale", "smoke", "--seeds", "1", "analysis.expert_load=false")
 pytestmark = [pytest.mark.smoke, pytest.mark.ranks, pytest.mark.faults]
 
 

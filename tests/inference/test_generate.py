@@ -175,10 +175,8 @@ def test_on_a_gpu_a_mask_and_groups_of_heads_do_not_meet(new, monkeypatch):
     ("family", "words", "sizes"), [("llama", "", (8, 8)), ("latent", LATENT, (8, 4))]
 )
 def test_the_cache_holds_one_head_of_keys_or_one_latent_and_one_key(family, words, sizes):
-    model, cache = (
-        model_of(words, family),
-        KVCache(1, 5),
-    )  # of 2 heads; latent attention's have 10 and 5 features
+    # of 2 heads; latent attention's have 10 and 5 features
+    model, cache = (model_of(words, family), KVCache(1, 5))
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     shapes = [[tuple(buffer.shape) for buffer in pair] for pair in cache.buffers.values()]
     assert shapes == [[(1, 1, 6, size) for size in sizes]] * 2

@@ -22,11 +22,8 @@ from tests.support.trainings import end_groups
 
 pytestmark = pytest.mark.ranks
 
-MODULES = (
-    lightning_updates,
-    lightning_loops,
-    lightning_checkpoints,
-)  # they add their features when imported
+# they add their features when imported
+MODULES = (lightning_updates, lightning_loops, lightning_checkpoints)
 NUMBERS = "/(losses|weights|moments|metrics|logged)/"
 DIFFERENT = {  # feature: what every line of `differences` says
     "clipping_by_other_means": "/error: absent .* did not call self.clip_gradients",

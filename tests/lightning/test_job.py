@@ -74,9 +74,8 @@ def test_uneven_batches_are_refused_before_the_first(loader, how):
         rf"ValueError: ranks have different numbers of {loader} batches \({counts}\)", message
     )
     assert found and int(found[1]) == int(found[2]) + 1, message
-    assert re.search(
-        r"rank [01], later: ValueError: ranks have different numbers", message
-    )  # the same on both ranks
+    # the same on both ranks
+    assert re.search(r"rank [01], later: ValueError: ranks have different numbers", message)
 
 
 def count_batches(rank: int, world_size: int) -> None:

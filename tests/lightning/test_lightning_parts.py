@@ -169,9 +169,8 @@ class Lengths(Model):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x = self.backbone(batch[0])
-        first, second = (
-            (x[:, :4], x) if self.shown else (self.cut(x),) * 2
-        )  # shown: the second module alone is uneven
+        # shown: the second module alone is uneven
+        first, second = (x[:, :4], x) if self.shown else (self.cut(x),) * 2
         return self.moe(first)[0].mean() + self.more(second)[0].mean()
 
 

@@ -55,9 +55,8 @@ class Model(LightningModule):
     def configure_model(self) -> None:
         if not hasattr(self, "moe"):
             self.moe = self.stream()
-            self.same_gate = (
-                self.moe.router.gate
-            )  # a tied weight, as that of a language model's head
+            # a tied weight, as that of a language model's head
+            self.same_gate = self.moe.router.gate
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.moe(batch[0])[0].square().mean()

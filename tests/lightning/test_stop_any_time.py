@@ -137,9 +137,8 @@ def test_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, unint
     resumed = run_ranks(fit, 2, tmp_path / "resumed", "", 2 * STEPS, saved)
     for (code, at, tensors), (_, _, expected) in zip(resumed, uninterrupted, strict=True):
         assert (code, at) == (None, 2 * STEPS)
-        assert when == "sanity check" or tiny_run.same(
-            tensors, expected
-        )  # after a sanity check dropout differs
+        # after a sanity check dropout differs
+        assert when == "sanity check" or tiny_run.same(tensors, expected)
 
 
 def evaluate(rank: int, world_size: int, folder: Path, verb: str) -> tuple[Any, int]:

@@ -38,6 +38,5 @@ def test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name
     with pytest.raises(TypeError, match=r"hyper-parameter of LightningModule .*int64"):
         check_can_be_saved(trainer_of({"dim": np.int64(16)}))
     with pytest.raises(TypeError, match=r"callback Stateful .*Colour"):
-        check_can_be_saved(
-            trainer_of({}, Stateful(Colour.RED), Stateful(1))
-        )  # each of one class is looked at
+        # each of one class is looked at
+        check_can_be_saved(trainer_of({}, Stateful(Colour.RED), Stateful(1)))

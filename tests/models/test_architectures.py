@@ -43,9 +43,8 @@ def test_every_row_of_the_tables_is_listed_exactly_once():
 @pytest.mark.parametrize("field", ["architecture", "position", "combine"])
 def test_every_choice_of_the_config_is_in_a_row(field):
     choices = next(leaf.choices for leaf in leaves(Config()) if leaf.key == f"moe.{field}")
-    choices = (
-        ARCHITECTURES.built_in if field == "architecture" else choices
-    )  # other tests register more
+    # other tests register more
+    choices = ARCHITECTURES.built_in if field == "architecture" else choices
     seen = {
         getattr(load_config(None, overrides(words)).moe, field)
         for words in (TABLES | BETWEEN_BLOCKS).values()

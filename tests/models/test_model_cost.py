@@ -95,9 +95,8 @@ def test_recomputing_adds_a_forward_pass_without_its_last_products():
     config = tiny("moe.architecture=scmoe", "trainer.recompute=true")
     model, (ids, _) = tiny_model(config), tiny_batch(config, BATCH)
     forward = forward_flops(model, 12)
-    spared = (
-        12 * 2 * (2 * 16 * 16 + 2 * 24 * 16)
-    )  # last products of two attentions, an MLP and the shared expert
+    # last products of two attentions, an MLP and the shared expert
+    spared = 12 * 2 * (2 * 16 * 16 + 2 * 24 * 16)
     assert training_flops(forward, recompute=True) - spared == counted(model, ids, backward=True)
 
 

@@ -55,10 +55,8 @@ TINY = (
 
 
 QUICK = ("dense", "pos2", "dgmoe-share")  # of `make test`; test_ep_equality.py has all with GPT
-THREE_STEPS = (
-    "pos2",
-    "dgmoe-share",
-)  # SGD keeps nothing between steps: one is enough for the others
+# SGD keeps nothing between steps: one is enough for the others
+THREE_STEPS = ("pos2", "dgmoe-share")
 
 
 class RecordingClassifier(Recording, ImageClassifier):
@@ -127,9 +125,8 @@ def two() -> list[OnTwo]:
 def assert_equal(records: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     assert_same(records, assemble([expected]))
     for record in records:
-        assert record["metrics"] == pytest.approx(
-            expected["metrics"], abs=1e-6
-        )  # logged in float32
+        # logged in float32
+        assert record["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -170,9 +167,8 @@ def uninterrupted_and_resumed(
     config = tiny(f"{RANDOM} trainer.max_steps=6 optim.lr=0.01", world_size)
     torch.manual_seed(1)
     uninterrupted = fit(config, folder)
-    torch.manual_seed(
-        2
-    )  # random numbers must come from the checkpoint and from the position in the data
+    # random numbers must come from the checkpoint and from the position in the data
+    torch.manual_seed(2)
     return uninterrupted, fit(config, None, folder / f"step={HALF}.ckpt")
 
 

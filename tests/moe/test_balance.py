@@ -128,18 +128,16 @@ def test_padding_alone_gives_zero_and_not_nan():
 
 
 def test_metrics():
-    sums = torch.tensor(
-        [[6, 2, 0, 0, 8, 3], [2, 2, 2, 2, 8, 1]]
-    )  # two layers: copies of 4 experts, tokens, dropped
+    # two layers: copies of 4 experts, tokens, dropped
+    sums = torch.tensor([[6, 2, 0, 0, 8, 3], [2, 2, 2, 2, 8, 1]])
     metrics = {name: value.item() for name, value in load_metrics(sums).items()}
     assert metrics["load_max"] == 3.0  # 6 of 8 where 2 is fair
     assert metrics["dead_experts"] == 2
     assert metrics["drop_share"] == 4 / 16
     assert metrics["real_experts"] == 1.0
     assert load_metrics(torch.tensor([[6, 2, 4, 0], [3, 3, 4, 0]]))["real_experts"] == 1.75
-    assert metrics["load_entropy"] == pytest.approx(
-        (0.8112781244591328 / 2 + 1) / 2
-    )  # (3/4, 1/4): bits over 2
+    # (3/4, 1/4): bits over 2
+    assert metrics["load_entropy"] == pytest.approx((0.8112781244591328 / 2 + 1) / 2)
     assert load_metrics(torch.tensor([[8, 8, 0]]))["load_entropy"] == 1, (
         "one expert is an even load"
     )

@@ -26,12 +26,8 @@ from tests.support.trainings import users_trainer
 pytestmark = [pytest.mark.ranks, pytest.mark.faults]
 
 TOLERANCE = 1e-12
-DIM, FFN, EXPERTS, TOKENS = (
-    16,
-    24,
-    8,
-    12,
-)  # FFN: features between an expert's two products; TOKENS: per rank
+# FFN: features between an expert's two products; TOKENS: per rank
+DIM, FFN, EXPERTS, TOKENS = (16, 24, 8, 12)
 
 
 class Given(torch.nn.Module):

@@ -57,9 +57,8 @@ def test_blocking_waits_at_once_forward_and_backward():
     assert forward == [
         f"{transfer} {event}" for transfer in transfers for event in ("start", "wait")
     ]
-    assert (
-        backward == forward[::-1]
-    )  # each gradient's start ("wait") and arrival ("start") are neighbours
+    # each gradient's start ("wait") and arrival ("start") are neighbours
+    assert backward == forward[::-1]
 
 
 def test_narrowed_rows_travel_in_their_type_and_are_rounded_once_each_way():

@@ -199,9 +199,8 @@ def test_every_expert_tensor_and_key_differs():
     ]
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
-            assert (
-                torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.3
-            )  # 384 numbers: chance gives 0.05
+            # 384 numbers: chance gives 0.05
+            assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.3
 
 
 def test_standard_deviations():

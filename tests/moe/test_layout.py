@@ -96,9 +96,8 @@ def experts_of_rows(case: Case, layout: Layout) -> list[int]:
 
 
 @given(cases())
-@example(
-    Case(torch.tensor([[0], [0]]), 1, 1, 1)
-)  # two tokens, one slot: a random case does not always have this
+# two tokens, one slot: a random case does not always have this
+@example(Case(torch.tensor([[0], [0]]), 1, 1, 1))
 @example(Case(torch.tensor([[0], [0]]), 1, 1, 1, filled=True))
 def test_exactly_the_oracles_copies_are_kept_each_in_a_row_of_its_own_with_its_expert(case):
     """First choices come first, then early tokens; padding takes no slot; chunks change nothing."""

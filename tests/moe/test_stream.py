@@ -141,9 +141,8 @@ def test_zero_experts_that_are_never_chosen_change_no_bit(top_k):
     ]
     randomise(streams[0])
     with torch.no_grad():
-        plain.gate.weight.mul_(8).round_().div_(
-            8
-        )  # so that products do not depend on the number of rows
+        # so that products do not depend on the number of rows
+        plain.gate.weight.mul_(8).round_().div_(8)
         streams[1].experts.load_state_dict(streams[0].experts.state_dict())
         further.gate.weight[:EXPERTS], further.gate.weight[EXPERTS:] = plain.gate.weight, 2.0
         further.bias.weight[:EXPERTS], further.bias.weight[EXPERTS:] = plain.bias.weight, -math.inf

@@ -229,9 +229,8 @@ def test_fp64_equals_one_process_at_every_step(layout, what, optimizer):
     assert max(found.values()) <= FP64_TOLERANCE
     for rank in ranks:
         layers = set(rank["routed"])
-        assert layers and all(
-            rank["routed"].count(layer) == 2 * STEPS for layer in layers
-        )  # two batches a step
+        # two batches a step
+        assert layers and all(rank["routed"].count(layer) == 2 * STEPS for layer in layers)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -40,9 +40,8 @@ def configurations():
 
 def trained(world_size: int, accelerator: str, cases: dict[str, str]) -> list[dict[str, Any]]:
     """Return for each rank the records of all cases."""
-    from tests.support.trainings import (
-        train_cases,
-    )  # here, so that this file is collected without omegaconf
+    # here, so that this file is collected without omegaconf
+    from tests.support.trainings import train_cases
 
     words = {
         name: f"{MODEL} trainer.accelerator={accelerator} {text}" for name, text in cases.items()
@@ -89,9 +88,8 @@ def test_checkpoints_written_beside_training_equal_those_of_one_rank(
     for step in (1, 2, 3):
         one, two = (weights(tmp_path / ranks / f"step={step}.ckpt") for ranks in ("one", "two"))
         for name, weight in one.items():
-            torch.testing.assert_close(
-                two[name], weight, rtol=0, atol=1e-6, msg=name
-            )  # AdamW enlarges rounding
+            # AdamW enlarges rounding
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6, msg=name)
 
 
 def test_texts_equal_those_of_one_rank(tmp_path, accelerator: str = "gpu"):

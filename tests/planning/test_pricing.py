@@ -84,13 +84,10 @@ def play(
     """Note the marks of one direction, from these times of the ranks on, in ms. Return when each
     rank is done."""
     ranks, chunks = len(recorders), schedule.chunks
-    rows = [load / ranks] + [(1 - load / ranks) / (ranks - 1)] * (
-        ranks - 1
-    )  # that go to each rank, of those of a rank
-    to_experts, back = (
-        [(ranks - 1) * own for own in rows],
-        [1 - own for own in rows],
-    )  # that a rank's link brings
+    # that go to each rank, of those of a rank
+    rows = [load / ranks] + [(1 - load / ranks) / (ranks - 1)] * (ranks - 1)
+    # that a rank's link brings
+    to_experts, back = ([(ranks - 1) * own for own in rows], [1 - own for own in rows])
     operators, last, factor = schedule.operators(), "decode", 1
     if direction == "backward":
         operators, last, factor = schedule.backward_operators(), "encode", 2

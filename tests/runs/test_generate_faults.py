@@ -21,10 +21,8 @@ from tests.support.commands import children, running, train_on_text
 
 pytestmark = [pytest.mark.ranks, pytest.mark.faults, pytest.mark.inference]
 
-TIMEOUT_S, PATIENCE_S = (
-    15.0,
-    60.0,
-)  # of a collective; until all processes have ended, with the interpreter's end
+# of a collective; until all processes have ended, with the interpreter's end
+TIMEOUT_S, PATIENCE_S = (15.0, 60.0)
 
 
 @pytest.fixture(scope="module")

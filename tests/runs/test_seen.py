@@ -104,14 +104,12 @@ def test_a_run_that_another_process_trains_cannot_be_resumed(tmp_path):
     refuse_running(tmp_path)  # it has ended
 
 
-@pytest.mark.parametrize(
-    "host", ["elsewhere", platform.node()]
-)  # a container may have the host's name
+# a container may have the host's name
+@pytest.mark.parametrize("host", ["elsewhere", platform.node()])
 def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(tmp_path, host):
     write_state(tmp_path, "running")
-    change_state(
-        tmp_path, host=host, machine="0123abcd", pid=2**22 + 1
-    )  # its process is not visible here
+    # its process is not visible here
+    change_state(tmp_path, host=host, machine="0123abcd", pid=2**22 + 1)
     assert read_state(tmp_path) == "running"
     with pytest.raises(ConfigError, match=f"on {host}"):
         refuse_running(tmp_path)

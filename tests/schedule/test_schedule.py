@@ -170,9 +170,8 @@ def test_experts_run_inside_an_attention_that_has_two_parts_only():
     assert block.divided == block.schedule
     compiled = tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos1"))
     assert compiled.divided.inside_attention
-    compile_sublayers(
-        compiled
-    )  # a planner would measure attention without its graph, and round otherwise
+    # a planner would measure attention without its graph, and round otherwise
+    compile_sublayers(compiled)
     assert compiled.divided == compiled.schedule
     with pytest.raises(ValueError, match=r"inside_attention is True, .* Sequential"):
         block.run_as(inside, block.moe.dispatcher)

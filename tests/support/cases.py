@@ -33,11 +33,8 @@ QUICK = (
         "instella",
     ),
 )
-THREE_STEPS = (
-    "pos2",
-    "top-2",
-    "dgmoe-share",
-)  # SGD keeps nothing between steps: one is enough for the others
+# SGD keeps nothing between steps: one is enough for the others
+THREE_STEPS = ("pos2", "top-2", "dgmoe-share")
 CLIP = 0.25  # below every norm of this model
 CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
 ROUTERS = {  # biases move visibly in three steps, by the load of both batches of each

@@ -24,10 +24,8 @@ SUMMARY = (
     " peak_host_gib steps steps_here params_total params_active ep_size world_size drop_share"
     " load_max_ratio step_load_max rank_load_max step_drop dead_experts skipped"
 )
-EXACT = (
-    "moe.capacity_factor=null",
-    "moe.noisy=false",
-)  # dropping and noise depend on the number of ranks
+# dropping and noise depend on the number of ranks
+EXACT = ("moe.capacity_factor=null", "moe.noisy=false")
 CANARY = "0123456789abcdef" * 2 + "canary00"  # as long as a key
 TRAIN = ("-m", "scmoe", "train")
 

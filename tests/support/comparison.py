@@ -10,11 +10,8 @@ from scmoe.schedule.schedule import Schedule
 from tests.support.trainings import steps_at_every_slot
 
 TOLERANCE = 1e-12  # in float64; tests/parallel/test_ep_equality.py gives the reason
-MOMENTS = (
-    "drawn",
-    "before",
-    "after",
-)  # weights from the seed, weights made for the test, weights after training
+# weights from the seed, weights made for the test, weights after training
+MOMENTS = ("drawn", "before", "after")
 
 
 def assemble(records: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -259,9 +259,8 @@ def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) 
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
-    compile = partial(
-        torch.compile, backend="eager"
-    )  # traces as always, and generates no code of the device
+    # traces as always, and generates no code of the device
+    compile = partial(torch.compile, backend="eager")
     fault = broken_steps.FAULTS[broken][0]() if broken else nullcontext()
     order: list[tuple[str, str, int]] = []
     rows, sums = (recorded(name, order) for name in ("all_to_all_single", "all_reduce"))

@@ -12,10 +12,8 @@ GUIDES = [  # what a user copies from; results and decisions are records
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-SHELL = (
-    "bash",
-    "text",
-)  # a block of text may have commands that are not meant to be copied as they are
+# a block of text may have commands that are not meant to be copied as they are
+SHELL = ("bash", "text")
 OF_SHELL = {"$level": "block", "$share": "0.52"}  # variables of the Makefile's loops
 
 

@@ -35,9 +35,8 @@ class Run:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     sweep: str | None = None
-    sent: dict[str, Any] = field(
-        default_factory=dict
-    )  # entity, jobType, notes, displayName, commit
+    # entity, jobType, notes, displayName, commit
+    sent: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)

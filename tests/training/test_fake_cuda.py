@@ -54,9 +54,8 @@ def cases():
             if streams:
                 all_words += f" schedule.chunks={chunks}"
             runs = streams + (family == "swin" and streams > 0)  # stage 4 of Swin is top-2
-            sent = (
-                4 * chunks * runs if ranks > 1 else 0
-            )  # dispatch and combine, and the way back of both gradients
+            # dispatch and combine, and the way back of both gradients
+            sent = 4 * chunks * runs if ranks > 1 else 0
             quick = (
                 name in OF_SWIN
                 if family == "swin"

@@ -42,9 +42,8 @@ def test_the_norm_is_clipped_in_every_precision(precision):
     trainer.fit(module, build_datamodule(config))
     assert len(norms) == 2
     for before, left in norms:
-        assert before > 0.01 and left == pytest.approx(
-            0.001, rel=1e-3
-        )  # torch adds 1e-6 to the norm
+        # torch adds 1e-6 to the norm
+        assert before > 0.01 and left == pytest.approx(0.001, rel=1e-3)
 
 
 def test_a_nan_in_a_validation_is_no_better_loss():

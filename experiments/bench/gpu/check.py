@@ -21,13 +21,8 @@ from scmoe.report import bullets, bullets_and_tables, rows_table
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
 NAMED = ("torch", "triton", "lightning", "numpy", "matplotlib", "transformers")
 HERE = "experiments.bench"
-MODELS = (
-    "numpy",
-    "rich",
-    "lightning",
-    "torchmetrics",
-    "safetensors",
-)  # what the Strategy and the models import
+# what the Strategy and the models import
+MODELS = ("numpy", "rich", "lightning", "torchmetrics", "safetensors")
 CONFIGS = (*MODELS, "omegaconf")
 CHECK_PARTS = {
     "tests": CheckPart(

@@ -91,9 +91,8 @@ class TrainingTurns(Callback):
                 overlap = callback.planner.overlap
                 if overlap is not None and overlap is not self.overlap:
                     self.overlap = overlap
-                    self.windows_s.append(
-                        trainer.accumulate_grad_batches * sum(overlap.seconds)
-                    )  # one batch is timed
+                    # one batch is timed
+                    self.windows_s.append(trainer.accumulate_grad_batches * sum(overlap.seconds))
 
 
 class Training:

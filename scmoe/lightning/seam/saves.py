@@ -183,9 +183,8 @@ class BestCheckpoints(ModelCheckpoint):
             for path, score in self.best_k_models.items()
         }
         best_first = sorted(scores, key=scores.__getitem__, reverse=self.mode == "max")
-        there = trainer.strategy.broadcast(
-            [path for path in best_first if Path(path).exists()]
-        )  # as rank 0 sees it
+        # as rank 0 sees it
+        there = trainer.strategy.broadcast([path for path in best_first if Path(path).exists()])
         kept = there[: self.save_top_k]
         self.best_k_models = {path: scores[path] for path in kept}
         self.best_model_path, self.kth_best_model_path = (kept[0], kept[-1]) if kept else ("", "")

@@ -80,9 +80,8 @@ class Throughput(Callback):
         if logs_now(trainer, batch_idx):
             self.log_amount(trainer, module)
             rate = self.count * self.window_batches / self.window_seconds
-            on_host = torch.tensor(
-                rate, device="cpu"
-            )  # the progress bar reads it after every batch
+            # the progress bar reads it after every batch
+            on_host = torch.tensor(rate, device="cpu")
             module.log(f"time/{self.unit}_per_s", on_host, prog_bar=True)
             module.log_dict(
                 {f"time/{key}": value for key, value in self.utilisation(rate).items() if value}

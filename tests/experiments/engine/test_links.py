@@ -104,9 +104,8 @@ def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
         command = ["unshare", "--user", "--map-root-user", *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    least = (MEGABYTES * 2**20 * 8 - 128 * 1024 * 8) / (
-        MBIT * 1e6
-    )  # the bucket's burst passes without delay
+    # the bucket's burst passes without delay
+    least = (MEGABYTES * 2**20 * 8 - 128 * 1024 * 8) / (MBIT * 1e6)
     seconds = json.loads(done.stdout.splitlines()[-1])
     assert min(seconds) >= least, seconds
     assert interfaces() == before

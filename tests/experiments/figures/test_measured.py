@@ -30,9 +30,8 @@ from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[3]
-SHOWN = tuple(
-    row for row in usual_rows(2) if "pos1" not in row and "pos3" not in row
-)  # as `make figure8`
+# as `make figure8`
+SHOWN = tuple(row for row in usual_rows(2) if "pos1" not in row and "pos3" not in row)
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
 
 

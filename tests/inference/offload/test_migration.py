@@ -30,11 +30,8 @@ from tests.support.offloading import DROPLESS, Late, stored
 
 pytestmark = pytest.mark.inference
 IDS, _ = tiny_batch(tiny())
-BATCHES = (
-    IDS,
-    IDS[:1, :1],
-    IDS[:, :3],
-)  # prefill with more active experts than slots, and single tokens
+# prefill with more active experts than slots, and single tokens
+BATCHES = (IDS, IDS[:1, :1], IDS[:, :3])
 FURTHER = {"noisy": "position=pos2 noisy=true", "swiglu": "position=pos1 model.family=llama"}
 FURTHER |= {f"zero experts, {name}": words for name, words in ROUTERS.items()} | BETWEEN_BLOCKS
 WITH_EXPERTS = {name: words for name, words in LATENT_ATTENTION.items() if name != "latent-dense"}
@@ -92,9 +89,8 @@ def test_a_wrong_guess_is_never_used_and_a_right_one_is_a_hit(right, tmp_path, m
     with offload_experts(model, path, way="speculative") as cache:
         with torch.inference_mode():
             model(one)
-        assert cache.hit_rate == (
-            4 / 6 if right else 0.0
-        )  # nothing is guessed for the first of three layers
+        # nothing is guessed for the first of three layers
+        assert cache.hit_rate == (4 / 6 if right else 0.0)
         assert equal(logits(model), expected)
 
 
@@ -208,9 +204,8 @@ def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trained, "reader", counted)
     trained.store_experts(config, source, path)
-    layer = 2 * sum(
-        p.nbytes for p in expert_layers(whole)["blocks.0.moe.experts"].parameters()
-    )  # in float64
+    # in float64
+    layer = 2 * sum(p.nbytes for p in expert_layers(whole)["blocks.0.moe.experts"].parameters())
     assert len(names) == 8 and max(most) <= 2 * layer
     names.clear()
     model, cache = trained.load_offloaded(config, source, path)

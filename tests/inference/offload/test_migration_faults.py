@@ -30,9 +30,8 @@ IDS, _ = tiny_batch(tiny())
 def no_thread_and_no_file_is_left():
     before = open_files()
     yield
-    assert not Counter(open_files()) - Counter(
-        before
-    )  # what earlier tests left may be closed meanwhile
+    # what earlier tests left may be closed meanwhile
+    assert not Counter(open_files()) - Counter(before)
     assert not [
         thread.name for thread in threading.enumerate() if thread.name.startswith("experts")
     ]

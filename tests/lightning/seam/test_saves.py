@@ -115,9 +115,8 @@ def in_all_ways(
         steps_in(folder / "linked"),
     )
     runs["resumed"] = fit(folder / "whole", background, True, folder / "whole/step=3.ckpt")
-    runs["stopped"] = fit(
-        folder / "stopped", background, True, "last", stop_after=2
-    )  # there is no last: from step 0
+    # there is no last: from step 0
+    runs["stopped"] = fit(folder / "stopped", background, True, "last", stop_after=2)
     left["stopped"] = steps_in(folder / "stopped")
     runs["from last"] = fit(folder / "stopped", background, True, "last")
     left["from last"] = steps_in(folder / "stopped")

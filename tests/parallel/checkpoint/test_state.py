@@ -120,9 +120,8 @@ def draw():
     ]
 
 
-@pytest.mark.parametrize(
-    "normals", [0, 1]
-)  # normals are drawn in pairs, and the generator keeps the second
+# normals are drawn in pairs, and the generator keeps the second
+@pytest.mark.parametrize("normals", [0, 1])
 def test_restored_generators_draw_the_same_numbers(normals):
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     for _ in range(normals):

@@ -107,9 +107,8 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
         samples=len(batch), seq_len=64, precision=precision, recompute=recompute, on_gpu=False
     )
     at_loss, _ = activations(model, job)
-    bound = (
-        at_loss - 2 * logits.nbytes + gathered(Split(model, job))[0]
-    )  # two copies of the logits are gradients
+    # two copies of the logits are gradients
+    bound = at_loss - 2 * logits.nbytes + gathered(Split(model, job))[0]
     assert 0.95 < bound / sum(kept.values()) < 1.3
 
 

@@ -49,9 +49,8 @@ class Poisoned(LanguageModel):
         for hook in hooks:
             hook.remove()
         if here and self.place.startswith("loss"):
-            result["loss"] = result["loss"] + torch.tensor(
-                value
-            )  # leaves all gradients as they are
+            # leaves all gradients as they are
+            result["loss"] = result["loss"] + torch.tensor(value)
         return result
 
 

@@ -97,9 +97,8 @@ def save_over(
     if is_victim:
         at_each_operation(note)
     if after_s is not None and (victim == "all" or is_victim):
-        signal.signal(
-            signal.SIGALRM, signal.SIG_DFL
-        )  # the kernel ends the process, whatever it is doing
+        # the kernel ends the process, whatever it is doing
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
     tiny_run.save_marked(trainer, folder / "checkpoints" / LAST, last, background)

@@ -49,11 +49,8 @@ WAYS = {
     "sharded": ("strategy.dense=sharded", "strategy.ep_size=1"),
 }  # sharded: experts as well
 LAST = "last.ckpt"
-OLD, NEW, NEXT = (
-    1,
-    2,
-    3,
-)  # steps: of the first checkpoint, of the one saved over it, of training meanwhile
+# steps: of the first checkpoint, of the one saved over it, of training meanwhile
+OLD, NEW, NEXT = (1, 2, 3)
 
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:

@@ -61,9 +61,8 @@ def test_architecture_builds_and_its_twin_learns(name, architecture, words):
     assert all(twin_counts[kind][1] < counts[kind][1] for kind in counts)
     generator = torch.Generator().manual_seed(0)
     if name.startswith("swin"):
-        randomise(
-            twin
-        )  # its norms start with weight 0, so the modules before them would have zero gradients
+        # its norms start with weight 0, so the modules before them would have zero gradients
+        randomise(twin)
         inputs = torch.randn(2, 3, 16, 16, generator=generator)
     else:
         inputs = torch.randint(512, (1, 32), generator=generator)

@@ -34,11 +34,8 @@ def planned(tmp_path_factory) -> Path:
         f"trainer.max_steps={CHOSEN + 1}",
         f"runs_dir={runs}",
     )
-    saves = (
-        "trainer.val_every=100",
-        "trainer.checkpoint_every=100",
-        "trainer.log_every=100",
-    )  # once, at the end
+    # once, at the end
+    saves = ("trainer.val_every=100", "trainer.checkpoint_every=100", "trainer.log_every=100")
     done = train_in_ranks(2, "configs/debug.yaml", "trainer.devices=2", *words, *saves)
     assert done.code == 0, done.err
     assert "plan: MoE layer 1: " in done.err

@@ -28,9 +28,8 @@ def trainer(step: int, accumulate: int = 1) -> Any:
 
 
 LOGGED: list[dict[str, torch.Tensor]] = []
-MODULE = SimpleNamespace(
-    log_dict=LOGGED.append, modules=lambda: [], wire=Wire(Mesh(ep_size=3))
-)  # a rank for each expert
+# a rank for each expert
+MODULE = SimpleNamespace(log_dict=LOGGED.append, modules=lambda: [], wire=Wire(Mesh(ep_size=3)))
 
 
 def sums(step: int) -> torch.Tensor:

@@ -33,9 +33,8 @@ def norms_of(rank: int, world_size: int, words: str) -> list[dict[str, float]]:
     """Return the norms of each step on this rank."""
     config = tiny(words, world_size)
     module = Norms(config)
-    fit(
-        config, GradientNorms(), ModelCheckpoint(save_top_k=0), module=module
-    )  # else Lightning's own saves a file
+    # else Lightning's own saves a file
+    fit(config, GradientNorms(), ModelCheckpoint(save_top_k=0), module=module)
     return [
         {**norms, "all": float(whole)}
         for norms, whole in zip(module.norms, module.logged["train/grad_norm"], strict=True)

@@ -52,6 +52,5 @@ def calls(rank: int, world_size: int, runs: Path) -> list[str]:
 def test_few_calls_lie_between_the_train_command_and_the_experts(tmp_path):
     (functions,) = run_ranks(calls, 1, tmp_path)
     assert functions[:2] == ["train.py:start", "train.py:train"]
-    assert len(functions) + 1 <= CALLS, (
-        functions
-    )  # with Trainer.fit and Experts.forward it is one call more
+    # with Trainer.fit and Experts.forward it is one call more
+    assert len(functions) + 1 <= CALLS, functions

@@ -105,9 +105,8 @@ def test_a_finished_run_has_the_checkpoint_of_its_summary(finished):
     )
     assert verify(last) == summary["steps"] == 3
     (loss,) = run_ranks(validated, 1, finished, last)
-    assert loss == pytest.approx(
-        summary["val_loss"], rel=1e-6
-    )  # in float32, on one rank instead of two
+    # in float32, on one rank instead of two
+    assert loss == pytest.approx(summary["val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("which, name", [("best", LEFT[0]), ("last", LEFT[1])])

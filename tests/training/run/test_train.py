@@ -24,11 +24,8 @@ from tests.support.commands import (
 from tests.terminal import shown_in, summary_rows
 
 pytestmark = [pytest.mark.smoke, pytest.mark.ranks]
-ON_TWO = (
-    "trainer.devices=2",
-    "schedule.slot=2",
-    "schedule.chunks=2",
-)  # as a command of docs/configuration.md
+# as a command of docs/configuration.md
+ON_TWO = ("trainer.devices=2", "schedule.slot=2", "schedule.chunks=2")
 
 
 @pytest.fixture(scope="module")

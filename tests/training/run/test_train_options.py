@@ -100,9 +100,8 @@ def test_a_run_goes_on_from_a_chosen_step_as_it_did_before(many):
     refused = resume_in_ranks(2, str(many), "step=77")
     assert refused.code == 2
     assert f"step is 77, allowed: {chosen}, " in refused.err
-    (many / "config-from-8.yaml").write_text(
-        (many / "config.yaml").read_text()
-    )  # an earlier resumption from the end
+    # an earlier resumption from the end
+    (many / "config-from-8.yaml").write_text((many / "config.yaml").read_text())
     done = resume_in_ranks(2, str(many), f"step={chosen}", "trainer.val_every=100")
     assert done.summary["steps"] == 8 and "set aside: " in done.err
     assert column(many, "train/loss") == before

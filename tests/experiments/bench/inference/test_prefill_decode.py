@@ -154,9 +154,8 @@ def test_all_rows_are_measured_and_reported(tmp_path):
             assert figures["ways"].keys() == ({IN_TWO_BATCHES} if in_halves else set(ONE_BATCH))
             assert min(figures["ms"], figures["limit"]) > 0
             assert set(figures["slots"].values()) <= {0, 1, 2, 3, 4}
-    draw(
-        {**report, "link_mbit": 145.0}, tmp_path / "chart.png"
-    )  # `bench inference` always has links
+    # `bench inference` always has links
+    draw({**report, "link_mbit": 145.0}, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
     uneven = uneven_report(found["hot_rank:2"], found[BALANCED], "hot_rank:2")
     assert uneven["load"]["max_over_mean_ranks"] == 2.0
