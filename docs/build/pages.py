@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from docs.build import readme, two_batches
+from docs.build import one_sequence, readme, two_batches
 from docs.build.concepts import CONCEPTS
 from experiments.bench import speed_chart
 from experiments.bench.inference import gains
@@ -52,9 +52,8 @@ GENERATED = re.compile(
 )
 HEADLINE = "overlap-real-iteration-2-ranks-share-0.52-layers-8"  # the report that README shows
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
-BENCHES: dict[
-    str, Any
-] = {  # by the first words of a report's name: modules that have `draw` and `tables` of it
+# by the first words of a report's name: modules that have `draw` and `tables` of it
+BENCHES: dict[str, Any] = {
     "overlap-": speed_chart,
     "uneven-inference-": gains,
     "uneven-": uneven,
@@ -97,6 +96,8 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         }
     halves = two_batches.read_reports(PAGES, HEADLINE)
     drawings[two_batches.NAME] = partial(two_batches.draw, halves)
+    longest = one_sequence.read_reports(PAGES)[-1]
+    drawings[one_sequence.NAME] = partial(speed_chart.draw, longest)
     return drawings
 
 
@@ -172,6 +173,9 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
         return page, said, {"scenarios": scenarios}
     if name == two_batches.NAME:
         return page, said, {"reports": two_batches.read_reports(PAGES, HEADLINE)}
+    if name == one_sequence.NAME:
+        reports = one_sequence.read_reports(PAGES)
+        return page, said, {"reports": reports, "longest": reports[-1]}
     data = readme.read(PAGES / f"{name}.json")
     if name == "figure-13":
         data["paper"] = figure_13.PAPER_MODELS
@@ -239,7 +243,7 @@ def with_texts(part: Any) -> Any:
     result = {key: with_texts(value) for key, value in part.items()}
     for quartiles, value in QUARTILES:
         if quartiles in part and value in part:
-            text = readme.with_quartiles(part[value], part[quartiles])
+            text = two_batches.with_quartiles(part[value], part[quartiles])
             result[quartiles.replace("quartiles", "text")] = text
     return result
 
@@ -257,7 +261,7 @@ def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
         "hidden": rows_of(report)[fastest["row"]].overlap_forward,
         "paper_hidden": scenario.hidden,
         "over": fastest["over"],
-        "over_shared": readme.with_quartiles(median, (low, high)),
+        "over_shared": two_batches.with_quartiles(median, (low, high)),
         "paper_over": {row: scenario.over.get(row, "-") for row in PCIE_OVER},
     }
 
@@ -287,8 +291,13 @@ def tables_of_halves(data: dict[str, Any]) -> list[Report]:
     return two_batches.tables(data["reports"])
 
 
+def tables_of_one_sequence(data: dict[str, Any]) -> list[Report]:
+    return one_sequence.tables(data["reports"])
+
+
 TABLES = {  # by the first words of an experiment's name
     **{start: bench.tables for start, bench in BENCHES.items()},
     "figure-8": scenario_tables,
     two_batches.NAME: tables_of_halves,
+    one_sequence.NAME: tables_of_one_sequence,
 }

@@ -6,12 +6,13 @@ shown", is for a test to say: tests/docs/test_docs_figures.py.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from docs.build import two_batches
-from experiments.bench.row import rows_of
+from docs.build import one_sequence, two_batches
+from docs.build.two_batches import with_quartiles
+from experiments.bench.row import Kind, rows_of
 from experiments.tables.seed_statistics import compare
 
 SHORTCUTS = ("scmoe_pos2", "scmoe_pos3")
@@ -45,10 +46,14 @@ slower than top-2's best ([by share and by tokens](docs/results/two-batches.md))
 {other[1]:.2f} with quartiles from {quartiles[0]:.2f} to {quartiles[1]:.2f}. At a share of \
 {large_share:.2f} Pos-2 with one batch is slower: {at_large_share[train]:.2f} in training, \
 {at_large_share[forward]:.2f} in inference.
-4. **Where gradients outweigh rows: no.** With {rows_over_gradients:.1f} bytes of rows for a byte \
+4. **With one long sequence a rank, which has no halves: yes.** With {one[tokens]:,} tokens Pos-3 \
+gains {one[train]} in training and {one[forward]} in inference over the best row without a \
+shortcut, a shared expert in chunks ([numbers](docs/results/{one_page}.md)). A causal sequence can \
+also be cut in its tokens, as SGLang does in prefill; that is not measured here.
+5. **Where gradients outweigh rows: no.** With {rows_over_gradients:.1f} bytes of rows for a byte \
 of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).
-5. **In quality: top-2 is better at this size; a gain of the shortcut itself is not shown.** Each \
+6. **In quality: top-2 is better at this size; a gain of the shortcut itself is not shown.** Each \
 row at its best learning rate, {registered_seeds} seeds a row, equal tokens: Pos-2's loss minus \
 top-2's is {registered[top2]}; minus that of top-2 with as many parameters \
 {registered[equal_size]}; minus a shared expert's {registered[shared]} ([registered before its \
@@ -65,7 +70,9 @@ SHORT = """
 {other_pos2}, {other_pos3} over the best row without a shortcut, a shared expert with two batches \
 in flight ([numbers]({headline}.md)).
 2. **By share and by tokens.** Training of Pos-2 with one batch over the best row without a \
-shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)).
+shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)). With one sequence of \
+{one[tokens]:,} tokens a rank, which has no halves, Pos-3 gains {one[train]} in training and \
+{one[forward]} in inference ([numbers]({one_page}.md)).
 3. **Quality: top-2 is better at this size.** Each row at its best learning rate, \
 {registered_seeds} seeds a row, equal tokens: Pos-2's loss minus top-2's is {registered[top2]}; \
 minus that of top-2 with as many parameters {registered[equal_size]}; minus a shared expert's \
@@ -111,14 +118,10 @@ def short_answers(figures: Path, results: Path, headline: str) -> str:
     return SHORT.format_map(said)
 
 
-def gain_of(report: Mapping[str, Any], row: str, over: str) -> str:
-    """Return what a row gains over others in training."""
-    gain = report["rows"][row][over]["train"]
+def gain_of(report: Mapping[str, Any], row: str, over: str, kind: Kind = "train") -> str:
+    """Return what a row gains over others, with quartiles."""
+    gain = report["rows"][row][over][kind]
     return with_quartiles(gain["median"], gain["quartiles"])
-
-
-def with_quartiles(median: float, quartiles: Sequence[float]) -> str:
-    return f"{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"
 
 
 def with_interval(difference: Mapping[str, Any]) -> str:
@@ -163,8 +166,22 @@ def facts(figures: Path, results: Path, headline: str) -> dict[str, Any]:
         "rows_over_gradients": few_tokens["rows_over_gradients"],
         "few_tokens": rows_of(few_tokens)["scmoe_pos2"].train_speedup,
         "few_tokens_page": FEW_TOKENS,
+        "one_page": one_sequence.NAME,
+        "one": gain_with_one_sequence(figures),
         "table": TABLE_3,
         **quality(results),
+    }
+
+
+def gain_with_one_sequence(figures: Path) -> dict[str, Any]:
+    """Return what Pos-3 gains over the best row without a shortcut in the longest sequence that was
+    measured."""
+    longest = one_sequence.read_reports(figures)[-1]
+    pos3 = "scmoe_pos3", "over_best_without_shortcut"
+    return {
+        "tokens": longest["tokens"],
+        "train": gain_of(longest, *pos3),
+        "forward": gain_of(longest, *pos3, "forward"),
     }
 
 

@@ -15,6 +15,9 @@ FOLDER = Path("docs/figures")
 ITERATION_ROWS = "--rows top2 shared_expert scmoe_pos2 scmoe_pos3"
 RIVALS_OF_POS2 = "--rows top2 top2_two shared_expert shared_expert_two scmoe_pos2 scmoe_pos2_two"
 RIVALS = f"{RIVALS_OF_POS2} scmoe_pos3"
+RIVALS_OF_ONE_SEQUENCE = (
+    "--rows top2 top2_pipelined shared_expert shared_expert_pipelined scmoe_pos2 scmoe_pos3"
+)
 UNEVEN_ROWS = "--rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3"
 PAIR = "overlap --share 0.52"
 REAL_ITERATION = f"{PAIR} --compute real --level iteration {ITERATION_ROWS}"
@@ -102,6 +105,15 @@ REPORTS = (
             minutes,
         )
         for tokens, rounds, minutes in ((256, 31, 12), (512, 31, 9), (1024, 7, 5), (4096, 5, 11))
+    ),
+    *(
+        Report(
+            f"one-sequence/overlap-real-iteration-2-ranks-share-0.52-tokens-{tokens}-layers-8",
+            f"{PAIR} --compute real --level iteration --layers 8 --tokens {tokens}"
+            f" --seq-len {tokens} --tries 8 --rounds {rounds} {RIVALS_OF_ONE_SEQUENCE}",
+            minutes,
+        )
+        for tokens, rounds, minutes in ((1024, 9, 10), (3072, 7, 43))
     ),
     Report(
         "train-two-batches-share-0.52",

@@ -113,12 +113,18 @@ def cells_of(report: OverlapReport) -> dict[str, str]:
     for row in (row for row in SHORTCUTS if row in rows):
         for comparison, words in OVER.items():
             gain = getattr(rows[row], comparison)
-            medians = [gain[kind]["median"] for kind in ORDER]
-            cells[f"{name_of(row)} {words}"] = "; ".join(f"{ratio:.2f}" for ratio in medians)
+            texts = [
+                with_quartiles(gain[kind]["median"], gain[kind]["quartiles"]) for kind in ORDER
+            ]
+            cells[f"{name_of(row)} {words}"] = "; ".join(texts)
     peaks = [row.peak_over_one_batch for row in rows.values()]
     if known := [peak for peak in peaks if peak is not None]:
         cells["memory, two batches over one"] = f"{min(known):.2f} to {max(known):.2f}"
     return cells
+
+
+def with_quartiles(median: float, quartiles: Sequence[float]) -> str:
+    return f"{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"
 
 
 def limit(report: OverlapReport, row: str, kind: Kind) -> float:

@@ -50,12 +50,12 @@ GELU = "dense products with GELU"
 BATCHED = "batched products of the experts"
 LAYER = "MoE layer"
 DROPLESS = "MoE layer, dropless"
-RATIO_SUFFIXES = {
+RATIO_SUFFIXES = {  # of the names of ratios in JSON
     PRODUCTS: "",
     BATCHED: "_over_batched",
     GELU: "_with_gelu",
     DROPLESS: "_over_dropless",
-}  # of ratios, as JSON
+}
 
 
 class DenseProducts(nn.Module):
@@ -138,9 +138,8 @@ def bench_layer(setting: LayerSetting) -> dict[str, Any]:
     moved = np.array([[weights], [3 * weights]]) / bandwidth
     roofline = f"roofline, {bandwidth / 1e9:.1f} GB/s"
     times[roofline] = np.maximum(times[PRODUCTS], moved)
-    ms = {
-        name: [1e3 * median(kind) for kind in both] for name, both in times.items()
-    }  # forward, train
+    # forward, train
+    ms = {name: [1e3 * median(kind) for kind in both] for name, both in times.items()}
     ratios = {name: [median(kind) for kind in times[LAYER] / both] for name, both in times.items()}
 
     sizes = (

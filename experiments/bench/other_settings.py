@@ -183,12 +183,12 @@ class OffloadSetting:
     """What `figure 13` measures.
 
     Args:
-        quick: of 13: a tiny model, two rounds, every time kept: tries the command in seconds, and
-            its figures say nothing
-        architectures: of 13 (default: all)
-        tokens: of 13: tokens of a forward pass (default: 1 4 64)
-        rounds: of 13: times to keep of each way (default: 15)
-        limit_s: of 13: seconds for each case (default: 10)
+        quick: figure 13: try the command in seconds with a tiny model, two rounds and every time
+            kept; the result says nothing about speed
+        architectures: figure 13: those that are measured (default: all)
+        tokens: figure 13: tokens of a forward pass (default: 1 4 64)
+        rounds: figure 13: times to keep of each way (default: 15)
+        limit_s: figure 13: seconds for each case (default: 10)
         costs: of blocking, one token, over the resident MoE block; each gives a rate
         max_wait: share of a time in which the process may have waited for a core
     """

@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from experiments.bench.two_batches import rows_in_halves
 from scmoe.blocks.wirings import WIRINGS, Wiring
-from scmoe.predict.row_names import batches_of
+from scmoe.predict.row_names import PIPELINED, batches_of
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
 # by the suffix of a row's name: numbers of chunks to choose from
-CHUNKS_BY_SUFFIX = {"": (1,), "_pipelined": (2, 4)}
+CHUNKS_BY_SUFFIX = {"": (1,), PIPELINED: (2, 4)}
 BASELINES = {
     name + suffix: (name, CHUNKS_BY_SUFFIX[suffix])
     for name in ("top2", "top1", "shared_expert")

@@ -260,8 +260,7 @@ class Bench:
         """Make the blocks run as the variant says, with each routing that its load makes in the
         rounds."""
         load = load_of(variant.load)
-        for turn in range(
-            min(self.setting.rounds, load.period * load.phases(dist.get_world_size()))
-        ):
+        routings = load.period * load.phases(dist.get_world_size())
+        for turn in range(min(self.setting.rounds, routings)):
             self.turns[variant] = turn
             yield self.set(variant)

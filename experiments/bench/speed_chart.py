@@ -50,9 +50,11 @@ PAPERS = {  # by the share of communication that emulates the machine
 
 def printed_speedups(report: dict[str, Any]) -> Printed | None:
     """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they
-    are of pairs."""
-    usual = report.get("every", 2) == 2 and report.get("top_k", 1) == 1
-    return PAPERS.get(report["wanted_share"]) if usual else None
+    are of pairs, and of several sequences a rank."""
+    sequence = report.get("setting", {}).get("seq_len")
+    is_usual = report.get("every", 2) == 2 and report.get("top_k", 1) == 1
+    is_one_sequence = sequence is not None and sequence == report.get("tokens")
+    return PAPERS.get(report["wanted_share"]) if is_usual and not is_one_sequence else None
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -40,11 +40,9 @@ def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -
     choices of an untrained gate.
     """
     config = block_config(name, setting)
-    parts = (
-        FAMILY_PARTS[config.model.family](config)
-        if setting.compute == "real"
-        else emulated_parts(setting)
-    )
+    parts = emulated_parts(setting)
+    if setting.compute == "real":
+        parts = FAMILY_PARTS[config.model.family](config)
     blocks = moe_blocks_of(nn.ModuleList(stack(config, wire, [parts] * setting.layers)))
     assert len(blocks) == setting.moe_blocks
     sizes = Sizes(setting.num_experts, config.moe.top_k, wire.mesh.ep_size)
@@ -85,9 +83,8 @@ def emulated_parts(setting: Setting) -> Parts:
 
 def rows_of_layout(setting: Setting) -> Rows:
     """Return the rows of the setting's layout. ConfigError: there is no such layout."""
-    kind, _, number = (setting.layout or ("dropless" if setting.loads else "capacity:1")).partition(
-        ":"
-    )
+    usual = "dropless" if setting.loads else "capacity:1"
+    kind, _, number = (setting.layout or usual).partition(":")
     try:
         if kind == "dropless" and not number:
             return Dropless()
@@ -151,11 +148,9 @@ def chosen_by(choice: ModelChoice, block: str, load: str) -> Variant:
     """Return the variant of a planner's choice for the blocks of a row."""
     schedules = [layer.schedule for layer in choice.layers]
     variant = Variant(block, schedules[-1], load=load, batches_in_flight=choice.batches)
-    return (
-        variant
-        if variant.block_schedules(schedules) == schedules
-        else replace(variant, schedules=tuple(schedules))
-    )
+    if variant.block_schedules(schedules) == schedules:
+        return variant
+    return replace(variant, schedules=tuple(schedules))
 
 
 def placed(schedule: Schedule, like: Schedule) -> Schedule:

@@ -27,7 +27,8 @@ def rows_in_halves(rows: Rows) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def over_best_top2(speedups: Mapping[str, float], *others: float) -> dict[str, float]:
     """Return each row's speed-up divided by that of the fastest top-2. speedups: medians over one
-    baseline. others: of top-2 that is no row, such as 1 if sequential top-2 is the baseline."""
+    baseline. others: speed-ups of top-2 that no row has; 1.0 where the baseline is sequential
+    top-2."""
     of_top2 = [speedup for row, speedup in speedups.items() if architecture_of(row) == "top2"]
     fastest = max([*of_top2, *others])
     return {row: speedup / fastest for row, speedup in speedups.items()}

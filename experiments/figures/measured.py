@@ -94,10 +94,8 @@ def read_reports(sources: Sequence[Path]) -> Reports:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             scenario = shares.get(report["wanted_share"])
-            complete, level = (
-                {"top2_operators_ms", "fastest_scmoe"} <= report.keys(),
-                report["level"],
-            )
+            complete = {"top2_operators_ms", "fastest_scmoe"} <= report.keys()
+            level = report["level"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no report of bench overlap: {error!r}") from error
         if scenario is None:
@@ -182,9 +180,9 @@ def draw_speeds(reports: Reports, path: Path) -> None:
         for scenario, report in reports.items()
     }
     heights = [bars_height(groups["train"]) for groups in panels.values()]
-    with chart(
-        path, 1.9 + sum(heights) + sum(0.55 + 0.17 * len(_words(*each)) for each in reports.items())
-    ) as figure:
+    words = {scenario: _words(scenario, report) for scenario, report in reports.items()}
+    above = [0.55 + 0.17 * len(lines) for lines in words.values()]
+    with chart(path, 1.9 + sum(heights) + sum(above)) as figure:
         rows = figure.subplots(
             len(panels), len(KIND_WORDS), sharey="row", height_ratios=heights, squeeze=False
         )
@@ -198,7 +196,7 @@ def draw_speeds(reports: Reports, path: Path) -> None:
                     xycoords="axes fraction",
                     textcoords="offset points",
                 )
-            axes[0].set_title("\n".join(_words(scenario, reports[scenario])), pad=24)
+            axes[0].set_title("\n".join(words[scenario]), pad=24)
         for axis in rows[-1]:
             axis.set_xlabel("speed-up over\nsequential top-2")
         first = next(iter(reports.values()))
@@ -309,12 +307,8 @@ def run_title(number: int, config: Mapping[str, str]) -> str:
     position = (
         f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in SHORTCUTS else ""
     )
-    name = (
-        ARCHITECTURE_WORDS.get(architecture, architecture).replace(
-            "{moe.top_k}", config["moe.top_k"]
-        )
-        + position
-    )
+    words = ARCHITECTURE_WORDS.get(architecture, architecture)
+    name = words.replace("{moe.top_k}", config["moe.top_k"]) + position
     size = f"{config['model.layers']} layers, width {config['model.dim']}"
     return f"Fig. {number}: {family}, {size}, {name}, {config['data.name']}"
 

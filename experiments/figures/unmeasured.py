@@ -25,10 +25,10 @@ TIMES = {
     **dict.fromkeys(("dispatch", "combine"), 2.45),
     **dict.fromkeys(("route", "encode", "decode"), 0.1),
 }
-TOP2_TIMES = {
+TOP2_TIMES = {  # twice the rows
     **TIMES,
     **{op: 2 * TIMES[op] for op in ("experts", "dispatch", "combine")},
-}  # twice the rows
+}
 
 
 def timelines(path: Path) -> None:

@@ -19,8 +19,7 @@ main = App(name="simulate", help="Compare the simulator with what was measured."
 @main.command
 def testbed(folder: Path = Path("docs/figures"), /) -> None:
     """Predict reports of `bench overlap` from others, or from the times of their own sequential
-    top-2. Standard output is JSON, but nothing at a
-    terminal.
+    top-2. Standard output is JSON, but nothing at a terminal.
 
     What no report has measured is named with the command that measures it.
 

@@ -143,7 +143,6 @@ class Measured:
     experts_ms: float
     stated: bool
     refused: bool = False
-    rows_over_gradients: float | None = None
 
     def same_setting(self, other: "Measured") -> bool:
         """Return whether both differ in their share, load and rows only. Where one does not state
@@ -217,7 +216,6 @@ def measured_of(report: Mapping[str, Any], name: str, load: str | None) -> Measu
         load=load,
         experts_ms=report["top2_operators_ms"]["forward"]["experts"] / busiest,
         stated="calibration" in report,
-        rows_over_gradients=report.get("rows_over_gradients"),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
+from experiments.bench.row import Kind
 from experiments.simulate.reports import LAUNCH_S, ROUTED, Calibration
 from scmoe.loads import Sizes, load_of
 from scmoe.predict.batches import InFlight
@@ -41,6 +42,12 @@ class Predicted:
     train: float
     free_forward: float
     free_train: float
+
+    def seconds(self, kind: Kind) -> float:
+        return self.forward if kind == "forward" else self.train
+
+    def free_seconds(self, kind: Kind) -> float:
+        return self.free_forward if kind == "forward" else self.free_train
 
 
 def predict_row(calibration: Calibration, row: str, inside: bool, load: str | None) -> Predicted:

@@ -16,14 +16,14 @@ def summary_of(check: Check, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]
     top-2, and of the two null predictors in the rows that count."""
     return {
         quantity: errors_of(check.bounds.get(quantity), cells, quantity)
-        for quantity in dict.fromkeys(cell.figure.quantity for cell in cells if cell.counts)
+        for quantity in dict.fromkeys(cell.figure.quantity for cell in cells if cell.has_goal)
     }
 
 
 def errors_of(bound: Bound | None, cells: Sequence[Cell], quantity: str) -> dict[str, Any]:
     """Return the errors of a quantity. bound: None: no goal is set."""
     of_quantity = [cell for cell in cells if cell.figure.quantity == quantity]
-    figures = [cell.figure for cell in of_quantity if cell.counts]
+    figures = [cell.figure for cell in of_quantity if cell.has_goal]
     errors = [abs(figure.error) for figure in figures]
     all_rows = [abs(cell.figure.error) for cell in of_quantity if cell.row != "top2"] or errors
     line: dict[str, Any] = {

@@ -23,7 +23,7 @@ from experiments.simulate.testbed_checks import (
     REAL_SHARE,
     TWO_BATCHES,
 )
-from scmoe.predict.row_names import batches_of
+from scmoe.predict.row_names import PIPELINED, batches_of
 
 SHARES_APART = 0.05  # two shares
 
@@ -65,11 +65,11 @@ class Cell:
     figure: Figure
 
     @property
-    def counts(self) -> bool:
+    def has_goal(self) -> bool:
         """Whether a goal is set for it: rows in one chunk. Sequential top-2 is what rows are
         compared with, so its speed-up shows the noise of a measurement; its times are predicted
         like any other."""
-        in_one_chunk = not self.row.endswith("_pipelined")
+        in_one_chunk = not self.row.endswith(PIPELINED)
         compared = self.row != "top2" or self.figure.quantity in ("step", OVER_BALANCED)
         return in_one_chunk and compared and self.load in (None, BOUNDED_LOAD)
 
@@ -125,14 +125,10 @@ def speedups(
 ) -> Iterator[Figure]:
     """Yield a row's speed-ups over sequential top-2. known: the row in the calibrating report."""
     for kind in KINDS:
-        slow = getattr(sequential, kind)
-        yield Figure(
-            kind,
-            row.speedup(kind),
-            slow / getattr(predicted, kind),
-            1.0 if known is None else known.speedup(kind),
-            slow / getattr(predicted, f"free_{kind}"),
-        )
+        slow = sequential.seconds(kind)
+        again = 1.0 if known is None else known.speedup(kind)
+        faster, hidden = slow / predicted.seconds(kind), slow / predicted.free_seconds(kind)
+        yield Figure(kind, row.speedup(kind), faster, again, hidden)
 
 
 def over_balanced(row: Row, uneven: Predicted, even: Predicted) -> Figure:
@@ -170,11 +166,12 @@ def with_level(
     ]
 
 
-def ratios(reports: Sequence[Measured]) -> Iterator[Cell]:
-    """Yield the cells of iterations, each calibrated on its own top-2."""
-    for report in with_level(reports, "iteration"):
+def on_own_top2(reports: Sequence[Measured], batches: int = 1) -> Iterator[Cell]:
+    """Yield the cells of rows with so many batches in flight, each report calibrated on its own
+    top-2."""
+    for report in reports:
         if report.load is None and report.calibration:
-            yield from cells_of(report, report.calibration, report)
+            yield from cells_of(report, report.calibration, report, batches)
 
 
 def under_load(reports: Sequence[Measured]) -> Iterator[Cell]:
@@ -198,20 +195,13 @@ def under_load(reports: Sequence[Measured]) -> Iterator[Cell]:
         yield from cells_of(report, source.calibration, source)
 
 
-def halves(reports: Sequence[Measured]) -> Iterator[Cell]:
-    """Yield the cells of rows with two batches in flight, calibrated on their report's top-2."""
-    for report in reports:
-        if report.load is None and report.calibration:
-            yield from cells_of(report, report.calibration, report, batches=2)
-
-
 def all_cells(reports: Sequence[Measured]) -> dict[str, list[Cell]]:
     """Return the cells of each check."""
     return {
         EMULATED_SHARE.name: [*other_shares(with_level(reports, "block", "emulated"))],
         REAL_SHARE.name: [*other_shares(with_level(reports, "block", "real"))],
         ITERATION_SHARE.name: [*other_shares(with_level(reports, "iteration"))],
-        ITERATION_RATIO.name: [*ratios(reports)],
+        ITERATION_RATIO.name: [*on_own_top2(with_level(reports, "iteration"))],
         LOAD.name: [*under_load(reports)],
-        TWO_BATCHES.name: [*halves(reports)],
+        TWO_BATCHES.name: [*on_own_top2(reports, 2)],
     }

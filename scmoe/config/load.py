@@ -288,6 +288,16 @@ def _hint(key: str) -> str:
 
 
 class _Loader(yaml.BaseLoader):
+    """Reads mappings, lists and texts, and nothing else."""
+
+    def fetch_tag(self) -> None:
+        raise ConfigError(
+            f"line {self.get_mark().line + 1}: tags (!), anchors (&) and aliases (*) are not"
+            " allowed."
+        )
+
+    fetch_anchor = fetch_alias = fetch_tag
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         mapping = super().construct_mapping(node, deep)
         names = [key.value for key, _ in node.value]
@@ -305,13 +315,9 @@ def parse_yaml(text: str, source: str) -> Any:
     source: the file or "command line", for error messages. Raises ConfigError for other YAML.
     """
     try:
-        for token in yaml.scan(text):
-            if isinstance(token, (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)):
-                line = token.start_mark.line + 1
-                raise ConfigError(
-                    f"{source}: line {line}: tags (!), anchors (&) and aliases (*) are not allowed."
-                )
         value = yaml.load(text, _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source}: {what_is_bad(error)}") from error
     return "" if value is None else value

@@ -3,8 +3,8 @@
 NAME is one that is registered with its EPImplementationInterface; hf:FILE.py:NAME imports a file
 that registers it. What is asked is a tiny OLMoE with one layer, made here, and loaded by
 `from_pretrained` with a DistributedConfig as a user would. Each token is a sequence of its own, so
-that attention joins no tokens, and a token's output are its logits, as many as its width. There is
-no plain formula: one process with the same model is the measure.
+that attention joins no tokens. A token's output is its logits, of which there are as many as its
+width. There is no plain formula: one process with the same model is the measure.
 
 An implementation that needs a shared batch has tensor parallelism of the group's size, by the plan
 of the model; any other one has FSDP2 over all ranks, each with tokens of its own.

@@ -195,7 +195,8 @@ def twice(seat: Seat) -> Record:
 
 
 def clipped(seat: Seat) -> Record:
-    """Clip by the global norm, whose measure are the layer's own gradients, each expert once."""
+    """Clip by the global norm. It is compared with that of the layer's own gradients, each expert
+    once."""
     layer = seat.layer()
     problem = seat.problem(layer)
     run(seat, layer, problem)
@@ -215,7 +216,7 @@ def clipped(seat: Seat) -> Record:
 
 
 def stepped(seat: Seat) -> Record:
-    """Take one step, whose measure are the layer's own gradients."""
+    """Take one step. It is compared with a step along the layer's own gradients."""
     layer = seat.layer()
     problem = seat.problem(layer)
     run(seat, layer, problem)
@@ -337,8 +338,8 @@ def saved(seat: Seat, folder: str) -> Record:
 
 
 def loaded(seat: Seat, folder: str) -> Record:
-    """Load a checkpoint into a layer with other weights. The measure are the weights that were
-    saved."""
+    """Load a checkpoint into a layer with other weights, and compare these with the weights that
+    were saved."""
     layer = seat.layer(seed=SEED + 3)
     hook(layer, "load")(folder)
 

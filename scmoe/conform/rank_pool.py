@@ -188,7 +188,7 @@ def _play(asked: PlayCall, group: Group) -> Played:
     try:
         make = make_of(asked.source)
     except BaseException as error:
-        return Played(NO_LAYER, why=_told(error))
+        return Played(NO_LAYER, why=_in_one_line(error))
     try:
         make = _plain_of(make) if asked.plain else make
         seat = plays.Seat(make, group, getattr(torch, asked.dtype), order, asked.pieces)
@@ -196,10 +196,10 @@ def _play(asked: PlayCall, group: Group) -> Played:
     except NotAsked as reason:
         return Played("not asked", why=str(reason))
     except BaseException as error:
-        return Played("crashed", why=_told(error))
+        return Played("crashed", why=_in_one_line(error))
 
 
-def _told(error: BaseException) -> str:
+def _in_one_line(error: BaseException) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
 

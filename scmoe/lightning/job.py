@@ -216,10 +216,9 @@ class RunningJob:
 
         If that number is unknown they cannot ask, and a SIGTERM ends the process at once.
         """
-        shares_experts = self.mesh.ep_size > 1 and any(
-            expert_parameters(self.trainer.lightning_module)
-        )
-        # else nothing keeps ranks in step
+        has_experts = any(expert_parameters(self.trainer.lightning_module))
+        shares_experts = self.mesh.ep_size > 1 and has_experts
+        # Nothing else makes the ranks of a stage wait for each other.
         if shares_experts or self.mesh.dense_mesh is not None:
             check_even(stage, batches, self.mesh)
         fewest = self.poll.smallest(sum(batches))

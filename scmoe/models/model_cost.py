@@ -137,12 +137,8 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
             flops[kind] += rows[module] * 2 * module.context(seq_len) * module.mixed
     for moe, copies in moe_uses(model):
         size = sum(p[0].numel() for p in moe.experts.parameters())
-        flops["experts"] += (
-            rows[moe]
-            * 2
-            * size
-            * (rows_computed(moe, copies) if empty_slots else real_copies(moe, copies))
-        )
+        computed = rows_computed(moe, copies) if empty_slots else real_copies(moe, copies)
+        flops["experts"] += rows[moe] * 2 * size * computed
         gate = sum(p.numel() for p in moe.router.parameters() if p.requires_grad)
         flops["gate"] += rows[moe] * 2 * gate * copies / moe.router.top_k
     return dict(flops)

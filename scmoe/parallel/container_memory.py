@@ -1,10 +1,16 @@
-"""Memory of the container that this process runs in, which may be less than the machine's."""
+"""Memory of this machine, and of the container that this process runs in, which may be less."""
 
 import math
+import os
 from pathlib import Path
 
 GIB = 2**30
 CONTAINER = Path("/sys/fs/cgroup")  # the control group of this process, version 2
+
+
+def machine_memory() -> float:
+    """Return the bytes of this machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def memory_limit() -> float:

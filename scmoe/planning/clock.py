@@ -4,7 +4,6 @@ The speed of a shared machine drifts, so a variant is compared only with what ra
 Where ranks measure together, a round counts as the slowest rank has it.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -47,14 +46,9 @@ def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, flo
 def _waited_s() -> float:
     """Return the seconds that the threads of this process have been ready to run and had no core,
     so far."""
-    threads = os.listdir("/proc/self/task")
-    return (
-        sum(
-            int(Path(f"/proc/self/task/{t}/schedstat").read_text(encoding="utf-8").split()[1])
-            for t in threads
-        )
-        / 1e9
-    )
+    files = Path("/proc/self/task").glob("*/schedstat")
+    waited_ns = [int(file.read_text(encoding="utf-8").split()[1]) for file in files]
+    return sum(waited_ns) / 1e9
 
 
 def in_turn(

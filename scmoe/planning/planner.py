@@ -32,7 +32,14 @@ from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
 from scmoe.planning.candidates import shortlist_in_flight, still_fastest
 from scmoe.planning.choice import ModelChoice
-from scmoe.planning.pricing import DIRECTIONS, Sample, measured, price, slowest, start_clocks
+from scmoe.planning.pricing import (
+    DIRECTIONS,
+    Sample,
+    measured,
+    price,
+    seconds_of_slowest_rank,
+    start_clocks,
+)
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import ModelSchedule
 
@@ -140,7 +147,7 @@ class Planner:
         return {
             "ranks": dist.get_world_size(),
             "device": device,
-            "backend": self.backend,
+            "backend": dist.get_backend(self.group),
             "layers": [schedule.name for schedule in self.configured.blocks],
             "chunks": self.chunk_counts,
             "batches_in_flight": list(self.numbers_in_flight),
@@ -165,15 +172,6 @@ class Planner:
         """Leave the model as between two steps."""
         self.recorders = None
         self.settle()
-
-    @property
-    def has_chosen(self) -> bool:
-        return not self.agenda
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend that transfers the rows."""
-        return dist.get_backend(self.group)
 
     @property
     def doing(self) -> tuple[str, int]:
@@ -215,7 +213,7 @@ class Planner:
     def note(self, what: str, which: int, recorders: Sequence[Recorder]) -> None:
         """Note the times of a step. what, which: as in `doing`."""
         if what == "try":
-            self.tried[which][-1] += slowest(recorders[0], self.group)
+            self.tried[which][-1] += seconds_of_slowest_rank(recorders[0], self.group)
             return
         schedule = schedule_of(self.model)
         self.run_as(schedule)
@@ -283,7 +281,7 @@ class Planner:
         assert self.choice is not None
         sequential = sum_of_layers([layer.sequential for layer in self.choice.layers])
         free = sum_of_layers([layer.free for layer in self.choice.layers])
-        # 0: backward without MoE
+        # A sequential time is 0 where backward does not reach the MoE layers: weights are frozen.
         shares = [1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)]
         each = zip(shares, seconds, sequential, free, strict=True)
         efficiency = [

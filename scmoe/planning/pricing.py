@@ -69,7 +69,7 @@ def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
         recorder.zero = zero
 
 
-def slowest(clock: Recorder, group: Any) -> float:
+def seconds_of_slowest_rank(clock: Recorder, group: Any) -> float:
     """Return the seconds from `start_clocks` until now, of the slowest rank.
 
     It waits for the device. Every rank must call it.

@@ -211,8 +211,7 @@ def best_rows(
     """Return each row at its best choice. models: the standard one first. most: bytes that a rank
     may use; None: not known. A choice that fits is better than one that does not."""
     rows: dict[str, AdvisedRow] = {}
-    for row in tried_rows(models, simulator, most):
-        name, tried = row
+    for name, tried in tried_rows(models, simulator, most):
         best = rows.get(name)
         if best is None or (tried.fits is False, tried.total) < (best.fits is False, best.total):
             rows[name] = tried

@@ -85,9 +85,9 @@ class Value(NamedTuple):
 class Profile:
     """A cluster with the sources of its values.
 
-    kernels: fused: what runs between two products is one kernel, and weights are not
-    cast for each batch, as tuned stacks have it. padding: as OPTIONAL
-    has it; None: as the config's capacity has it. memory_gb: None: not known.
+    kernels: fused: what runs between two products is one kernel, and weights are not cast for each
+    batch, as in tuned stacks. padding: rows that are sent and computed, over those that are routed;
+    None: as many as the config's capacity gives. memory_gb: None: not known.
     """
 
     name: str

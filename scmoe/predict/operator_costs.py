@@ -142,15 +142,13 @@ def count(model: Any, job: RankJob, batch: Tensor, batches: int = 1) -> Costs:
     layers, head = _in_layers(kernels.parts_of_one(batches), blocks, of_experts)
     in_experts = sum(p.numel() for p in of_experts)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = model.rows_per_sample(job.seq_len)[blocks[0].moe]
+    first = blocks[0].moe
+    rows, width = model.rows_per_sample(job.seq_len)[first], first.experts.w_in_eDF.shape[1]
     return Costs(
         layers,
         head,
         tokens=round(job.samples * rows),
-        token_bytes=job.samples
-        * rows
-        * blocks[0].moe.experts.w_in_eDF.shape[1]
-        * job.compute_bytes,
+        token_bytes=job.samples * rows * width * job.compute_bytes,
         dense_parameters=total - in_experts,
         expert_parameters=in_experts,
         logits_bytes=size * job.wide_bytes,

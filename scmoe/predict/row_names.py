@@ -16,10 +16,10 @@ NAMES = {
     **{f"scmoe_pos{i}": f"ScMoE (Pos-{i})" for i in (1, 2, 3)},
     "farskip": "FarSkip",
 }
-IN_EVERY_BLOCK = {
+IN_EVERY_BLOCK = {  # wirings with an MoE in every block
     "scmoe_pos1": "NVIDIA (Pos-1)",
     "scmoe_pos2": "Nous (Pos-2)",
-}  # wirings with an MoE in every block
+}
 
 
 def batches_of(row: str) -> int:

@@ -30,8 +30,9 @@ moves later transfers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from scmoe.moe.operators import Direction
 from scmoe.predict.batches import InFlight
 from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
 from scmoe.schedule.cost import OperatorTimes
@@ -50,7 +51,6 @@ from scmoe.schedule.play import (
 )
 from scmoe.schedule.schedule import Schedule
 
-Direction = Literal["forward", "backward"]
 NOTHING = OperatorTimes({})
 
 
@@ -148,14 +148,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return (
-            self.computing
-            + self.exposed_rows
-            + self.exposed_gradients
-            + self.slowed
-            + self.update
-            + self.other
-        )
+        passes = self.computing + self.exposed_rows + self.exposed_gradients
+        return passes + self.slowed + self.update + self.other
 
 
 class Pass(NamedTuple):

@@ -26,7 +26,7 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import mapping_of, parse_yaml, read_text
 from scmoe.config.registry import IMAGES
 from scmoe.files import read_json, warn_once
-from scmoe.training.run.directory import read_state
+from scmoe.training.run.directory import read_metrics, read_state
 
 ONE_LINE = 1000  # columns without a terminal, so that a run is a line that can be searched
 STATE_COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
@@ -88,17 +88,13 @@ class SeenRun:
 
         An incomplete row, which a crash may leave, is left out. ConfigError: the file is damaged.
         """
-        path = self.path / "metrics.csv"
-        rows = list[dict[str, float]]()
-        if not path.exists():
-            return []
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows_of_texts = [*csv.DictReader(file)]
+            rows_of_texts = read_metrics(self.path)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from error
+            raise ConfigError(f"{self.path / 'metrics.csv'}: cannot be read: {error}") from error
+        rows = list[dict[str, float]]()
         for row in rows_of_texts:
-            with suppress(TypeError, ValueError):  # a cell that is missing is None
+            with suppress(TypeError, ValueError):  # cells beyond the columns are a list
                 numbers = {key: float(value) for key, value in row.items() if value != ""}
                 if math.isfinite(numbers.get("step", math.nan)):
                     rows.append(numbers)

@@ -16,10 +16,10 @@ token, so a folder describes our model with the configuration `dropless` (decisi
 
 import json
 from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 from scmoe.config.fields import Config
-from scmoe.config.halved_batches import schedule_of_one_rank
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.weights.families import READERS, reader_name
@@ -56,7 +56,7 @@ def dropless(config: Config) -> Config:
         config,
         init_from=None,
         moe=moe,
-        schedule=schedule_of_one_rank(config.schedule),
+        schedule=replace(config.schedule, batches_in_flight=None, transfers="overlapped"),
         strategy=type(config.strategy)(),
         trainer=type(config.trainer)(),
     )
@@ -195,13 +195,19 @@ def transformers_sizes(config: Config) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=16)
+def _read(text: str, source: str) -> Config:
+    """Read a configuration once: transformers asks a model for it several times."""
+    return load_text(text, source)
+
+
 def our_config(content: dict[str, Any], source: str) -> Config:
     """Return our configuration for a config.json.
 
     Raises ValueError if it has a setting that our models do not support.
     """
     if content.get("model_type") == OUR_MODEL_TYPE:
-        return load_text(json.dumps(content.get("scmoe")), source)
+        return _read(json.dumps(content.get("scmoe")), source)
     try:
         settings, problems, _ = READERS[reader_name(content)](content)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -215,4 +221,4 @@ def our_config(content: dict[str, Any], source: str) -> Config:
         "data.name": "synthetic",
         "moe.capacity_factor": None,
     }
-    return load_text(json.dumps(ours), source)
+    return _read(json.dumps(ours), source)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.build import readme, two_batches
+from docs.build import one_sequence, readme, two_batches
 from docs.build.pages import HEADLINE, PAGES, RESULTS, with_part
 from experiments.tables.seed_statistics import compare
 from scmoe.config.leaves import ConfigError
@@ -14,6 +14,7 @@ from scmoe.config.leaves import ConfigError
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 TOKENS = "equal_tokens"
+LONGEST = f"{one_sequence.NAME}/overlap-real-iteration-2-ranks-share-0.52-tokens-3072-layers-8.json"
 FIGURE = re.compile(r"(?<![\w.])-?\d+\.\d{2,}(?![\w.])")
 NO_FIGURES = re.compile(
     r"```.*?```|\]\([^)]*\)|arXiv [\d.]+|Python [\d.]+ to [\d.]+", flags=re.DOTALL
@@ -52,6 +53,9 @@ def test_the_words_of_readmes_answers_are_true(facts):
         if report["tokens"] <= 512:
             gain = report["rows"]["scmoe_pos2"]["over_best_without_another_model"]
             assert gain["train"]["median"] < 1
+    longest = one_sequence.read_reports(ROOT / PAGES)[-1]
+    for gain in longest["rows"]["scmoe_pos3"]["over_best_without_shortcut"].values():
+        assert gain["best"] == "shared_expert_pipelined" and gain["quartiles"][0] > 1
     tested = facts["tested"]
     assert tested["top2"]["answer"] == tested["equal_size"]["answer"] == "higher"
     assert tested["shared"]["answer"] not in ("lower", "higher"), "a gain is not shown"
@@ -65,6 +69,7 @@ def test_a_new_measurement_changes_readmes_answers(tmp_path):
     changes = {
         PAGES / f"{HEADLINE}.json": ("rows", "scmoe_pos3", "train_speedup"),
         PAGES / f"{readme.FEW_TOKENS}.json": ("rows", "scmoe_pos2", "train_speedup"),
+        PAGES / LONGEST: ("rows", "scmoe_pos3", "over_best_without_shortcut", "train", "median"),
         RESULTS / readme.REGISTERED / "results.json": (
             *("decision", "rows", f"{readme.POS2} minus {readme.TOP2}", "difference"),
         ),

@@ -2,8 +2,8 @@
 
 They run in a folder of links to this checkout, at a small size: the quickstart takes 3 steps of a
 smaller model and is resumed to 5. A page's commands use what earlier ones have left: the README's
-`make train` leaves the newest run. `make test` runs one command of each kind, `make test-faults`
-all of them, but for those that another test runs.
+`make train` leaves the newest run. `make test` runs one command of each kind that is quick,
+`make test-faults` all of them, but for those that another test runs.
 
 `make --dry-run` names the program, which then runs in a forked process, because a start of Python
 with torch costs five seconds.
@@ -107,8 +107,10 @@ SAYS = {
     ),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
-SLOW = (
+SLOW = (  # the verbs themselves run in other tests
     *("make figure13", "make sweep CONFIG=configs/sweep/smoke.yaml"),
+    *("make evaluate", 'make resume ARGS="trainer.max_steps=400"'),
+    'make advise CONFIG=gpt2_moe_medium ARGS="cluster=2x8xA100"',
     *(line for line in SMALL if "torchrun" in line),
 )
 KINDS = {

@@ -65,15 +65,27 @@ def total(logits: torch.Tensor, balance: torch.Tensor | None) -> torch.Tensor:
     return loss if balance is None else loss + 0.5 * balance
 
 
-TIGHT = ("top-2", "shared-cg2-top-2", "pos2", "scmoe-2", "dgmoe")
+TIGHT = ("top-2", "pos2", "dgmoe")
+# of the fault suite: test_reference_equality.py has these wirings in GPT
+ALSO = (
+    *("top-2-every-block", "shared-every-block", "scmoe-every-block"),
+    *("shared-cg2-top-2", "scmoe-2-pos1", "dgmoe-pos1"),
+)
+QUICK = [name for name in SWIN_WITH_ORACLE if name not in ALSO]
 
 
-@pytest.mark.parametrize("architecture", with_marks(SWIN_WITH_ORACLE))
+@pytest.mark.parametrize(
+    "architecture",
+    [*with_marks(QUICK), *(pytest.param(name, marks=pytest.mark.faults) for name in ALSO)],
+)
 def test_architecture_equals_oracle(architecture):
     equals_oracle(architecture, "null")
 
 
-@pytest.mark.parametrize("architecture", TIGHT)
+@pytest.mark.parametrize(
+    "architecture",
+    [*TIGHT, *(pytest.param(n, marks=pytest.mark.faults) for n in ("shared-cg2-top-2", "scmoe-2"))],
+)
 def test_architecture_with_a_capacity_equals_oracle(architecture):
     assert sum(equals_oracle(architecture, "1.0").dropped) > 0, (
         "without drops the case would not test them"

@@ -2,7 +2,7 @@
 
 Biases move by the load of all ranks. They are compared with one process, as every other weight is,
 in float64. tests/parallel/test_ep_equality.py has them at EP 2 and 4 with replicated dense
-weights. `make test` has one router here, the fault suite all of them.
+weights, tests/models/test_halves_ranks.py with split ones.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from tests.support.comparison import TOLERANCE, assemble, assert_same
 from tests.support.resuming import HALF, fit, largest_difference, whole
 from tests.support.trainings import be_on_nodes, tiny, train_cases
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.faults]
 
 SPLIT = {
     "deepseek": split("sharded", 4, 4),
     "longcat router": split("sharded", 2, 4),
     "deepseek, zero experts": split("hybrid", 2, 4),
 }
-QUICK = "deepseek"  # of `make test`
 ADAMW = "optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
 WRITTEN, READ = "strategy.ep_size=4", split("sharded", 2, 4)
 
@@ -51,12 +50,7 @@ def on_one(
     return end, train_cases(rank, world_size, {router: words})
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=() if name == QUICK else pytest.mark.faults) for name in SPLIT
-    ],
-)
+@pytest.fixture(scope="module", params=SPLIT)
 def router(request) -> str:
     return request.param
 

@@ -92,7 +92,8 @@ def test_two_ranks_equal_one_with_every_other_architecture():
 @pytest.mark.parametrize(
     ("ranks", "names"),
     [
-        pytest.param(2, tuple(SLOTS), id="EP 2"),
+        pytest.param(2, ("pos2", "pos3", "farskip"), id="EP 2"),
+        pytest.param(2, ("pos1",), id="EP 2, pos1", marks=pytest.mark.faults),
         pytest.param(4, ("pos3",), id="EP 4", marks=pytest.mark.faults),
     ],
 )

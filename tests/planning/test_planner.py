@@ -77,7 +77,11 @@ def played(
         planner.end_step()
         steps += 1
 
-    replaced = {"start_clocks": lambda *_: None, "measured": measured, "slowest": slowest}
+    replaced = {
+        "start_clocks": lambda *_: None,
+        "measured": measured,
+        "seconds_of_slowest_rank": slowest,
+    }
     broadcast = patch.object(planner_module.dist, "broadcast", lambda *_, **__: None)
     with patch.multiple(planner_module, **replaced), broadcast:
         planner = Planner(model, None, torch.device("cpu"), CHUNKS, **options)
@@ -113,7 +117,7 @@ def test_experts_run_inside_attention_where_that_has_the_lowest_price(ranks):
         patch(f"{__name__}.CHUNKS", (1,)),
         played(Schedule("scmoe", "pos1"), lambda step: rows) as (planner, step),
     ):
-        while not planner.has_chosen:
+        while planner.agenda:
             step()
         (best, *_) = planner.priced[1]
         assert best.layers[0].schedule == Schedule("scmoe", "pos1", inside_attention=True)
@@ -133,8 +137,8 @@ def test_a_trial_takes_the_batches_of_a_step():
         return 1.0 * (len(seen) % 4 == 3) + 0.1 * seen[-1].chunks
 
     with played(Schedule("scmoe", "pos2"), lambda step: rows, batches=4) as (planner, step):
-        with patch.object(planner_module, "slowest", slowest):
-            while not planner.has_chosen:
+        with patch.object(planner_module, "seconds_of_slowest_rank", slowest):
+            while planner.agenda:
                 step()
         runs = [seen[i : i + 4] for i in range(0, len(seen), 4)]
         assert all(len(set(run)) == 1 and len(run) == 4 for run in runs)
@@ -150,9 +154,9 @@ def test_a_validation_between_two_steps_runs_as_chosen_or_as_configured():
 
     with (
         played(own, lambda step: rows, numbers_in_flight=(1, 2)) as (planner, step),
-        patch.object(planner_module, "slowest", slowest),
+        patch.object(planner_module, "seconds_of_slowest_rank", slowest),
     ):
-        while not planner.has_chosen:
+        while planner.agenda:
             assert schedule_of(planner.model) == ModelSchedule((own,))
             step()
         assert schedule_of(planner.model) == ModelSchedule((own,))
@@ -165,7 +169,7 @@ def test_with_few_tries_each_candidate_is_tried_once():
     rows = hot_rank(1.0, 2)
     with played(Schedule("scmoe", "pos2"), lambda step: rows) as (planner, step):
         planner.most_tries = 1
-        while not planner.has_chosen:
+        while planner.agenda:
             step()
         assert planner.tries == len(planner.candidates) > 1
 
@@ -303,7 +307,7 @@ def planned(rank: int, world_size: int) -> tuple[set[int], int, Any]:
     assert planner.steps_to_choose == WARMUP_STEPS + STEPS_EACH + MOST_TRIES
     x_BSD = torch.ones(SEQUENCES, SEQ_LEN, DIM, dtype=torch.float64, requires_grad=True)
     seen = set()
-    while not planner.has_chosen:
+    while planner.agenda:
         planner.begin_step()
         seen.add(schedule_of(stack).batches_in_flight)
         stack(x_BSD).sum().backward()

@@ -31,7 +31,13 @@ from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import FEWEST_ROUNDS
 from scmoe.planning.choice import LayerChoice, ModelChoice
 from scmoe.planning.planner import STEPS_EACH, WARMUP_STEPS, Planner
-from scmoe.planning.pricing import OPERATORS, Sample, operator_names, slowest, start_clocks
+from scmoe.planning.pricing import (
+    OPERATORS,
+    Sample,
+    operator_names,
+    seconds_of_slowest_rank,
+    start_clocks,
+)
 from scmoe.schedule.cost import best_schedule, slots
 from scmoe.schedule.play import PER_CHUNK
 from scmoe.schedule.schedule import Schedule
@@ -192,7 +198,7 @@ def planned_training(
         assert tried is not None
         return tried.get((blocks[0].schedule.slot, blocks[0].schedule.chunks), 1.0)
 
-    trials = patch.object(planner_module, "slowest", slowest_step) if tried else ONE
+    trials = patch.object(planner_module, "seconds_of_slowest_rank", slowest_step) if tried else ONE
     with patch.object(pricing, "noted", times), trials:
         for step in range(steps):
             if planner is not None:
@@ -238,7 +244,7 @@ def clocked(rank: int, world_size: int) -> tuple[float, float]:
     start_clocks([clock], None)
     time.sleep(0.05 * rank)
     own = time.perf_counter() - clock.zero
-    return slowest(clock, None), own
+    return seconds_of_slowest_rank(clock, None), own
 
 
 def test_a_step_takes_as_long_as_on_the_slowest_rank():

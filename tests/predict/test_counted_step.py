@@ -37,7 +37,7 @@ CASES = {
     "hybrid, recompute": "strategy.dense=hybrid trainer.recompute=true model.layers=4",
 }
 # of the fault suite: what they hold, others hold together with something else
-ALSO = ("chunks", "buffers")
+ALSO = ("chunks", "buffers", "two batches", "replicated, recompute")
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,11 @@ def test_products_are_those_of_a_gpts_closed_form(counted):
         assert models[name].costs.flops == pytest.approx(flops, abs=tokens * 2 * small)
 
 
-@pytest.mark.parametrize("words", [[], ["moe.leading_dense=[256]", "moe.every=1"]], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [[], pytest.param(["moe.leading_dense=[256]", "moe.every=1"], marks=pytest.mark.faults)],
+    ids=str,
+)
 def test_products_of_a_llama_are_those_of_the_estimate(words):
     sizes = ["model.family=llama", "model.layers=4", "model.kv_heads=2", "moe.num_experts=16"]
     request = Request(read_asked("quickstart", [*sizes, *words, "moe.capacity_factor=null"]))
@@ -235,11 +239,11 @@ def test_dropless_rows_are_as_many_as_are_routed():
     profile = read_profile("8xH100")
     sizes = ["moe.num_experts=128", "moe.top_k=7", "data.seq_len=50", "model.layers=2"]
 
-    def models(capacity, samples):
+    def models(capacity, samples, names=("top8", "top1", "scmoe_pos2")):
         words_of_job = [*sizes, f"moe.capacity_factor={capacity}"]
         # a preset, so that the batch of a step is free
         request = Request(read_asked("gpt2_moe_small_tiny", words_of_job), samples=samples)
-        job, counted = counted_on(profile, request, "top8", "top1", "scmoe_pos2")
+        job, counted = counted_on(profile, request, *names)
         return job.config, {name: model.costs for name, model in counted.items()}
 
     config, few = models("null", samples=2)
@@ -251,14 +255,19 @@ def test_dropless_rows_are_as_many_as_are_routed():
         assert few[name].tokens == 100
         assert few[name].flops == pytest.approx(many[name].flops / 64)
         assert few[name].logits_bytes == many[name].logits_bytes / 64
-    _, padded = models("1.0", samples=2)
+    _, padded = models("1.0", samples=2, names=("top8",))
     (dispatched,) = (p for p in padded["top8"].layers[0].after if p.operator == "dispatch")
     assert dispatched.rows_bytes == 128 * math.ceil(100 * 8 / 128) * row_bytes
 
 
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_a_standard_model_gives_the_others_a_shared_expert_of_one_copy(every, activation):
+@pytest.mark.parametrize(
+    ("activation", "every"),
+    [
+        *(("gelu", 1), ("swiglu", 2)),
+        *(pytest.param(*both, marks=pytest.mark.faults) for both in (("gelu", 2), ("swiglu", 1))),
+    ],
+)
+def test_a_standard_model_gives_the_others_a_shared_expert_of_one_copy(activation, every):
     """Its narrow experts say how wide that is, whatever the width of its dense MLPs."""
     profile = read_profile("8xH100")
     words = [f"moe.every={every}", f"model.activation={activation}", "moe.capacity_factor=null"]

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,17 @@ METRICS = """step,train/loss,val/loss,time/tokens_per_s
 """
 
 
+@cache
+def config_text(*overrides: str) -> str:
+    return to_yaml(load_config(ROOT / "configs/debug.yaml", overrides))
+
+
 def make_run(folder: Path, name: str, *overrides: str, state: str = "finished") -> Path:
     """Write the directory of a run of configs/debug.yaml (batches of 4 x 16 tokens), as a training
     does."""
     run_dir = folder / name
     run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(
-        to_yaml(load_config(ROOT / "configs/debug.yaml", overrides))
-    )
+    (run_dir / "config.yaml").write_text(config_text(*overrides))
     (run_dir / "overrides.txt").write_text("".join(f"{word}\n" for word in overrides))
     (run_dir / "metrics.csv").write_text(METRICS)
     write_state(run_dir, state)

@@ -222,13 +222,17 @@ class Machine:
             assert schedule_of(model).batches_in_flight == 1
             return self.sample(schedules[0].chunks)
 
-        replaced = {"start_clocks": lambda *_: None, "measured": measured, "slowest": slowest}
+        replaced = {
+            "start_clocks": lambda *_: None,
+            "measured": measured,
+            "seconds_of_slowest_rank": slowest,
+        }
         broadcast = patch.object(planner_module.dist, "broadcast", lambda *_, **__: None)
         with patch.multiple(planner_module, **replaced), broadcast:
             planner = Planner(
                 model, None, torch.device("cpu"), (1, 2, 4), numbers_in_flight=numbers
             )
-            while not planner.has_chosen:
+            while planner.agenda:
                 planner.begin_step()
                 planner.end_step()
             planner.begin_step(timed=True)

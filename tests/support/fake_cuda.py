@@ -6,6 +6,7 @@ process loads it.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import shutil
@@ -51,6 +52,7 @@ def _load(shim: str) -> None:
     """Load the shim. Then patches the functions of torch's Python part that ask the driver what
     the device can do."""
     assert "torch" not in sys.modules, "torch has asked for the device already"
+    gc.disable()  # a process of some forty short trainings, whose tensors have no numbers
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a build with CUDA would use a real device
     library = ctypes.CDLL(shim)
     import torch

@@ -2,6 +2,7 @@
 
 import json
 from base64 import b64decode
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ DOT = b64decode(  # a PNG of one pixel
 )
 
 
+@cache
+def config_text() -> str:
+    return to_yaml(load_config("quickstart", ["trainer.max_steps=30"]))
+
+
 def write_run(folder: Path, name: str = "quickstart", stamp: str = "20261129-101500") -> Path:
     """Write a run of 30 steps that has everything a report shows."""
     run = folder / name / f"{stamp}-lr-1e-3"
     (run / "analysis").mkdir(parents=True)
-    config = load_config("quickstart", ["trainer.max_steps=30"])
-    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (run / "config.yaml").write_text(config_text(), encoding="utf-8")
     (run / "overrides.txt").write_text("optim.lr=1e-3\n", encoding="utf-8")
     environment = {
         "command": f"scmoe train quickstart 'logger.notes={KEY} on {HOST}.cluster.org'",

@@ -120,10 +120,10 @@ def test_a_compiled_step_has_no_graph_break(device, record_property, words, grap
 @pytest.mark.parametrize(
     ("slot", "chunks"),
     [
-        *((0, 1), (3, 2)),
+        (3, 2),
         *(
             pytest.param(*at, marks=pytest.mark.faults)
-            for at in ((0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
+            for at in ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
         ),
     ],
 )

@@ -346,7 +346,7 @@ def timelines(place: Place) -> dict[str, Any]:
     for direction, spans_of in timelines_of.items():
         measured = {title: spans for title, spans in spans_of.items() if title.endswith("measured")}
         facts[direction] = {
-            title: {"ms": max(s.end for s in spans), "beside": beside(spans)}
+            title: {"ms": max(s.end for s in spans), "beside": share_beside_computation(spans)}
             for title, spans in measured.items()
         }
         title = f"One pair from the tap to its end, {direction}: real compute, {card}"
@@ -356,7 +356,7 @@ def timelines(place: Place) -> dict[str, Any]:
     return facts
 
 
-def beside(spans: Sequence[Span]) -> float:
+def share_beside_computation(spans: Sequence[Span]) -> float:
     """Return the share of the transfers' time in which an operator computes. Operators do not
     overlap each other."""
     transfers = [s for s in spans if s.is_transfer]

@@ -15,7 +15,7 @@ from scmoe.moe.recorder import Recorder
 from scmoe.planning.candidates import shortlist_in_flight
 from scmoe.planning.choice import ModelChoice
 from scmoe.planning.planner import Planner
-from scmoe.planning.pricing import slowest, start_clocks
+from scmoe.planning.pricing import seconds_of_slowest_rank, start_clocks
 from scmoe.schedule.schedule import Schedule
 
 Priced = Mapping[int, Sequence[ModelChoice]]  # by number of chunks
@@ -77,4 +77,4 @@ def pass_seconds(
     start_clocks([clock], group)
     for _ in range(passes):
         forward()
-    return slowest(clock, group) / passes
+    return seconds_of_slowest_rank(clock, group) / passes

@@ -57,8 +57,7 @@ from scmoe.schedule.schedule import POSITIONS, ModelSchedule
 MEASURED_BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNK_COUNTS = (1, 2, 4)
 OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNK_COUNTS)
-ONE_BATCH = ("sequential", *OVERLAPPED)  # how transfers run with one batch in flight
-IN_TWO_BATCHES = "two batches"  # and with two
+IN_TWO_BATCHES = "two batches"  # how transfers run with two batches in flight
 VOCABULARY = 1024
 
 
@@ -101,9 +100,8 @@ class InferenceBench:
         torch.manual_seed(0)
         self.models: dict[str, Any] = {}
         self.now = CurrentLoad(load_of(BALANCED))
-        self.turns = Counter[
-            tuple[Shape, Variant]
-        ]()  # how often each one ran: the steps of its load
+        # how often each one ran: the steps of its load
+        self.turns: Counter[tuple[Shape, Variant]] = Counter()
         for name in MEASURED_BLOCKS:
             blocks = make_blocks(name, pair, Wire(mesh), self.now)
             self.models[name] = GPT(VOCABULARY, pair.seq_len + 1, pair.dim, blocks).eval()

@@ -39,7 +39,7 @@ def rows_over_gradients(measured: Measurement, block: str) -> float:
     """Return the bytes of rows over the bytes of gradients that a rank sends in one training step,
     the latter by a ring of all ranks."""
     setting = measured.setting
-    gradients = 2 * (1 - 1 / setting.ranks) * gradient_mb(measured, block) * 2**20
+    gradients = 2 * share_sent(setting.ranks) * gradient_mb(measured, block) * 2**20
     return 2 * setting.accumulate * row_bytes(setting, block) / gradients
 
 
@@ -84,7 +84,7 @@ def least_times(measured: Measurement, block: str) -> Any:
     bytes_per_s = measured.rate * 1e6 / 8 * PAYLOAD
     rows = row_bytes(setting, block) / bytes_per_s
     sums = [
-        (part, 2 * (1 - 1 / setting.ranks) * size / bytes_per_s)
+        (part, 2 * share_sent(setting.ranks) * size / bytes_per_s)
         for part, size in measured.gradients[block]
     ]
     forward, backward = alone.train_forward / batches, (alone.backward - alone.update) / batches

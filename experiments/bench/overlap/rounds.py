@@ -69,15 +69,6 @@ def block_seconds(
     return measured.times[Variant(block, default_schedule(block), transfers, load or measured.load)]
 
 
-class Planned(NamedTuple):
-    """One row at one load before the rounds. choice: the planner's. chosen: its variant.
-    candidates: the row at every schedule."""
-
-    choice: ModelChoice
-    chosen: Variant
-    candidates: Sequence[Variant]
-
-
 def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measurement]:
     """Return what was measured at each load, the balanced one first. Every rank must call it; the
     caller uses rank 0's result.
@@ -100,8 +91,12 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measureme
     autos = {key: auto_variant(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
     # The first row at the balanced load is planned last, right before the rounds: operators that
     # were timed long before them do not explain them.
-    planned = {key: plan(bench, *key, candidates[key]) for key in reversed(candidates)}
-    finalists = {key: finalists_of(planned[key], tried) for key in candidates}
+    choices = {key: plan(bench, *key) for key in reversed(candidates)}
+    chosen = {
+        (load, row): chosen_by(choices[load, row], setting.block_of(row), load)
+        for load, row in candidates
+    }
+    finalists = {key: finalists_of(candidates[key], chosen[key], tried) for key in candidates}
     variants_of_rounds = chain(references_of(bench), *finalists.values(), autos.values())
     times = bench.rounds(variants_of_rounds, setting.rounds)
     rows: dict[str, dict[str, PlannedRow]] = {load: {} for load in bench.inputs}
@@ -110,8 +105,8 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measureme
         dropped = bench.dropped(best) if setting.loads else None
         in_one_batch = replace(best, batches_in_flight=1)
         rows[load][row] = PlannedRow(
-            planned[load, row].choice,
-            planned[load, row].chosen,
+            choices[load, row],
+            chosen[load, row],
             variants,
             best,
             bench.peak_mb(best),
@@ -139,12 +134,11 @@ def candidates_of(setting: Setting, load: str, row: str) -> list[Variant]:
     ]
 
 
-def plan(bench: Bench, load: str, row: str, candidates: Sequence[Variant]) -> Planned:
-    """Return the planner's choice for a row at a load, beside all schedules that it can have."""
+def plan(bench: Bench, load: str, row: str) -> ModelChoice:
+    """Return the planner's choice for a row at a load."""
     say_once(f"planning {row}" + (f" at {load}" if bench.setting.loads else ""))
     block, chunk_counts = ROWS[bench.setting.every][row]
-    choice = bench.choose(block, chunk_counts, load, (batches_of(row),))
-    return Planned(choice, chosen_by(choice, block, load), candidates)
+    return bench.choose(block, chunk_counts, load, (batches_of(row),))
 
 
 def auto_variant(bench: Bench, load: str, row: str) -> Variant:
@@ -154,11 +148,13 @@ def auto_variant(bench: Bench, load: str, row: str) -> Variant:
     return chosen_by(bench.choose(block, chunk_counts, load, (1, 2)), block, load)
 
 
-def finalists_of(planned: Planned, tried: Mapping[Variant, VariantTimes]) -> list[Variant]:
+def finalists_of(
+    candidates: Sequence[Variant], chosen: Variant, tried: Mapping[Variant, VariantTimes]
+) -> list[Variant]:
     """Return the variants of a row that go into the rounds: the best by the trials, the planner's,
     and the best between operators and inside attention."""
-    best_of_each = [nearest(kind, tried)[0] for kind in between_and_inside(planned.candidates)]
-    return [*nearest(planned.candidates, tried), planned.chosen, *best_of_each]
+    best_of_each = [nearest(kind, tried)[0] for kind in between_and_inside(candidates)]
+    return [*nearest(candidates, tried), chosen, *best_of_each]
 
 
 def references_of(bench: Bench) -> Iterator[Variant]:

@@ -20,9 +20,9 @@ from experiments.bench.overlap.limits import (
 )
 from experiments.bench.overlap.refusals import refuse_impossible
 from experiments.bench.overlap.rounds import Measurement, block_seconds, in_halves, measure
-from experiments.bench.overlap.row_figures import all_quartiles, measured_row
+from experiments.bench.overlap.row_figures import all_quartiles, measured_row, round_times
 from experiments.bench.rate_search import warn_of_share
-from experiments.bench.row import Row, to_json
+from experiments.bench.row import KINDS, Row, to_json
 from experiments.bench.setting import PAIR_TOKENS, USUAL_RATIO, Setting
 from experiments.engine import links
 from experiments.engine.ranks import run_ranks
@@ -150,7 +150,7 @@ def summary(measured: Measurement, balanced: Measurement | None = None) -> dict[
         }
     rows = {name: measured_row(measured, name) for name in setting.rows}
     if balanced is not None:
-        made = uneven.made_by(setting, measured.load, "top2")
+        made = uneven.imbalance_of_block(setting, measured.load, "top2")
         report["load"] = {"name": measured.load, **made}
         report |= {"layout": "dropless", "balanced_share": comm_share(balanced)}
         rows = {
@@ -174,16 +174,10 @@ def fastest_scmoe(measured: Measurement, rows: Mapping[str, Row]) -> dict[str, A
         return {}
     best = {name: measured.times[row.best] for name, row in measured.rows.items()}
     quickest = min(scmoe, key=lambda name: rows[name].train_ms)
-    over = {
-        "forward": {
-            name: all_quartiles(seconds.forward / best[quickest].forward)
-            for name, seconds in best.items()
-        },
-        "train": {
-            name: all_quartiles(seconds.train / best[quickest].train)
-            for name, seconds in best.items()
-        },
-    }
+    over: dict[str, dict[str, list[float]]] = {}
+    for kind in KINDS:
+        times = {name: round_times(seconds, kind) for name, seconds in best.items()}
+        over[kind] = {name: all_quartiles(each / times[quickest]) for name, each in times.items()}
     return {"fastest_scmoe": {"row": quickest, "over": over}}
 
 

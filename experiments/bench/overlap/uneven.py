@@ -30,7 +30,7 @@ LINE_STYLES = {(1, False): "-o", (1, True): "--o", (2, False): "-.s", (2, True):
 APART = 0.006  # between rows at the same load, so that their quartiles do not cover each other
 
 
-def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
+def imbalance_of_block(setting: Setting, load: str, block: str) -> dict[str, float]:
     """Return how uneven a load makes the routing of a block."""
     sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
     return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
@@ -54,7 +54,7 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
         straggler_forward=median(free.forward / even_free.forward) - 1,
         straggler_train=median(free.train / even_free.train) - 1,
         dropped=here.dropped,
-        **made_by(setting, measured.load, block),
+        **imbalance_of_block(setting, measured.load, block),
     )
     return replace(row, at_load=figures)
 

@@ -126,7 +126,9 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
     pair = pair_setting(first, setting.share, ranks, samples_of_rank(first) * first.data.seq_len)
     imbalances = {}
     if setting.load is not None:
-        imbalances = {row: made_by(setting.load, each, pair) for row, each in configs.items()}
+        imbalances = {
+            row: imbalance_of_config(setting.load, each, pair) for row, each in configs.items()
+        }
     ends = ends_of_turns(max_steps(first), setting.rounds)
     measured = measure(setting, words, pair, ends)
     rows = {}
@@ -266,7 +268,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
     return [Report(title.format_map(report), cells, columns)]
 
 
-def made_by(routing: str, config: Config, pair: Setting) -> dict[str, float]:
+def imbalance_of_config(routing: str, config: Config, pair: Setting) -> dict[str, float]:
     """Return how uneven a load makes a configuration's routing. Raises ConfigError where it cannot
     be dealt."""
     if load_of(routing).kind == "ragged":

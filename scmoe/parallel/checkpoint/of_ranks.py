@@ -73,9 +73,8 @@ def contents(
         if key in entries:
             entries[key].is_of(mesh.rank)
     for key in entries.keys() - set(differing):
-        if key[0] == MODULE and isinstance(
-            entries[key].value, Tensor
-        ):  # as any reader of weights expects it
+        is_tensor = isinstance(entries[key].value, Tensor)
+        if key[0] == MODULE and is_tensor:  # readers of weights look for it under this name
             tensors[f"model.{key[1]}"] = entries.pop(key).value
     for entry in entries.values():
         tensors.update(entry.tensors)

@@ -92,10 +92,8 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
     part = local(tensor)
     try:
         return part.device, part.untyped_storage().data_ptr()
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # some subclasses of Tensor; `check_types` refuses them by name
+    except (NotImplementedError, RuntimeError):
+        # some subclasses of Tensor have no storage; `check_types` refuses them by name
         return part.device, 0
 
 

@@ -5,13 +5,12 @@ The modes are replicated, hybrid and sharded, in this order: the later ones need
 more communication.
 """
 
-import os
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from scmoe.parallel.container_memory import GIB, memory_limit
+from scmoe.parallel.container_memory import GIB, machine_memory, memory_limit
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
 # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
@@ -73,5 +72,4 @@ def memory_of_rank(device: torch.device, node_size: int) -> float:
     """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(memory, memory_limit()) / node_size
+    return min(machine_memory(), memory_limit()) / node_size

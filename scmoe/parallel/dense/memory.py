@@ -249,9 +249,8 @@ def gathered(split: Split) -> tuple[int, int]:
                 for block in moe_blocks_of(split.model)
                 if not job.recompute
             }
-            for moe, copies in moe_uses(
-                split.model
-            ):  # every gate, every chunk and every part of a batch has its own
+            # every gate, every chunk and every part of a batch has its own
+            for moe, copies in moe_uses(split.model):
                 uses = copies // moe.router.top_k * pieces.get(moe, 1)
                 narrow += 2 * uses * sum(map(split.held, moe.experts.parameters()))
         held = {p: split.held(p) * split.bytes_of(p) for p in parameters}

@@ -45,7 +45,7 @@ from scmoe.runs.evaluate.scoring import (
 from scmoe.runs.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_data
 from scmoe.training.run.directory import read_state
-from scmoe.training.run.loggers import close_loggers, read_metrics
+from scmoe.training.run.loggers import close_loggers
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint
 from scmoe.training.run.wandb_logger import wandb_logger, wandb_mode
@@ -328,7 +328,7 @@ def log_to_wandb(run_dir: Path, config: Config, results: Results) -> None:
         )
         return
     try:
-        logger = wandb_logger(run_dir, redacted(config), read_metrics(run_dir / "metrics.csv"))
+        logger = wandb_logger(run_dir, redacted(config))
         logger.log_metrics(metrics_of(results), results["step"])
         close_loggers([logger])
     except Exception as error:

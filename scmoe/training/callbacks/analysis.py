@@ -19,7 +19,7 @@ import numpy as np
 from lightning.pytorch import Callback, Trainer
 
 from scmoe.files import try_to_draw, try_to_write
-from scmoe.training.callbacks.logged_steps import begins_logged_step
+from scmoe.training.callbacks.logged_steps import begins_measured_step
 from scmoe.training.callbacks.representation_charts import (
     draw_gating,
     draw_gradients,
@@ -87,7 +87,7 @@ class Analysis(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if begins_logged_step(trainer, batch_idx, self.every):
+        if begins_measured_step(trainer, batch_idx, self.every):
             self.step = trainer.global_step
             self.probe = self.quantity.attach(module.model)
 

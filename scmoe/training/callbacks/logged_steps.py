@@ -14,7 +14,7 @@ def logs_now(trainer: Trainer, batch_idx: int) -> bool:
     return rest == 0 and steps % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
-def begins_logged_step(trainer: Trainer, batch_idx: int, every: int) -> bool:
+def begins_measured_step(trainer: Trainer, batch_idx: int, every: int) -> bool:
     """Return True at the first batch of every `every`-th optimizer step, from step 0 on."""
     is_first = batch_idx % trainer.accumulate_grad_batches == 0
     return is_first and trainer.global_step % every == 0

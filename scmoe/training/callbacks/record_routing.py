@@ -14,7 +14,7 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files import try_to_write
 from scmoe.moe.recorded_routing import Recorded, type_of, write_routing
 from scmoe.moe.tokens import Routing
-from scmoe.training.callbacks.logged_steps import begins_logged_step
+from scmoe.training.callbacks.logged_steps import begins_measured_step
 
 
 class RecordRouting(Callback):
@@ -44,7 +44,7 @@ class RecordRouting(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if begins_logged_step(trainer, batch_idx, self.every):
+        if begins_measured_step(trainer, batch_idx, self.every):
             self.step = trainer.global_step
             self.probe = RoutingProbe(module.model)
 

@@ -8,6 +8,7 @@
 Only rank 0 writes. A run whose config cannot be written does not start.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.files import read_json, redacted, replacing, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import machine, process_start
-from scmoe.parallel.container_memory import GIB
+from scmoe.parallel.container_memory import GIB, machine_memory
 
 # Keys that are not in a run's name.
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")
@@ -122,7 +123,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": processor(),
         "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "memory_gib": round(machine_memory() / GIB, 1),
         "packages": packages,
         "git_commit": git("rev-parse", "HEAD"),
         "git_diff": redacted(git("diff", "HEAD")),
@@ -273,3 +274,13 @@ def _lives(kept: dict[str, Any], path: Path) -> bool:
     if kept.get("machine") == machine():
         return process_start(kept["pid"]) == kept["started"]
     return time.time() - path.stat().st_mtime <= SILENT_S
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, str]]:
+    """Return the whole rows of metrics.csv; none if there is no file. A crash may leave half a
+    row."""
+    path = run_dir / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]

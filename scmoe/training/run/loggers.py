@@ -4,7 +4,6 @@ Once training has started, no logger ends a run. While the disk is full, rows of
 kept in memory; TensorBoard and W&B stop with one warning (fault 32).
 """
 
-import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from scmoe.config.installation import install_command
 from scmoe.config.leaves import flatten
 from scmoe.files import warn_once
 from scmoe.report import say
+from scmoe.training.run.directory import read_metrics
 from scmoe.training.run.wandb_logger import HAS_WANDB, SafeWandbLogger, wandb_logger, wandb_mode
 
 # The first columns of metrics.csv; others follow by their names.
@@ -35,7 +35,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     if config.logger.tensorboard:
         loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     if wandb_mode(config) != "disabled":
-        loggers.append(wandb_logger(run_dir, config, read_metrics(run_dir / "metrics.csv")))
+        loggers.append(wandb_logger(run_dir, config))
     elif config.logger.mode == "auto" and not HAS_WANDB:
         say(f"W&B is not used; it needs wandb: {install_command('wandb')}")
     return loggers
@@ -93,9 +93,7 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     """
     kept = []
     if resumed_step is not None:
-        kept = [
-            row for row in read_metrics(run_dir / "metrics.csv") if int(row["step"]) < resumed_step
-        ]
+        kept = [row for row in read_metrics(run_dir) if int(row["step"]) < resumed_step]
     logger = SafeCSVLogger(run_dir, name="", version="")
     writer = logger.experiment
     writer.metrics_keys = Columns()
@@ -104,15 +102,6 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
         writer.metrics = kept
         logger.save()
     return logger
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Return the whole rows of a metrics.csv; none if there is no file. A crash may leave half a
-    row."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 class Columns(list[str]):

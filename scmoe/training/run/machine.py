@@ -29,7 +29,7 @@ from scmoe.config.refuse import Refusals, Remedy, refuse
 from scmoe.config.registry import IMAGES
 from scmoe.lightning.seam.launch import rank_without_trainer
 from scmoe.models.model_cost import forward_flops, training_flops
-from scmoe.parallel.container_memory import GIB, memory_in_use, memory_limit
+from scmoe.parallel.container_memory import GIB, machine_memory, memory_in_use, memory_limit
 from scmoe.parallel.dense.memory import RankJob, rank_memory
 from scmoe.training.assembly.model import updated_by_muon
 from scmoe.training.assembly.rank_job import cpu_threads
@@ -170,7 +170,7 @@ def check_size(config: Config, model: nn.Module, job: RankJob) -> None:
     """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
     trainer = config.trainer
     gpu = has_gpus(config)
-    limit = trainer.max_memory_gib or free_gib(config)
+    limit = trainer.max_memory_gib or available_gib(config)
     job = replace(job, on_gpu=gpu)
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the mode that needs least
@@ -198,9 +198,9 @@ def check_size(config: Config, model: nn.Module, job: RankJob) -> None:
         )
 
 
-def free_gib(config: Config) -> float:
-    """Return a rank's GiB: the smallest GPU's total, or a share of what this machine or container
-    has free."""
+def available_gib(config: Config) -> float:
+    """Return the GiB that a rank may use: the smallest GPU's total, or a share of what this machine
+    or container has free."""
     devices = config.trainer.devices
     if has_gpus(config):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB
@@ -210,7 +210,7 @@ def free_gib(config: Config) -> float:
 def _free_bytes() -> float:
     """Return the free memory of this machine; where there is no /proc, as on macOS, all of it."""
     if not MEMINFO.exists():
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return machine_memory()
     lines = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
     return float(lines["MemAvailable"].split()[0]) * 1024
 

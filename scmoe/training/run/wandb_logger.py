@@ -29,7 +29,7 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.files import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.report import say
-from scmoe.training.run.directory import git
+from scmoe.training.run.directory import git, read_metrics
 
 HAS_WANDB = True
 WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
@@ -122,15 +122,12 @@ def wandb_project(config: Config) -> str:
     return config.logger.project or os.environ.get("WANDB_PROJECT") or "scmoe"
 
 
-def wandb_logger(
-    run_dir: Path, config: Config, rows: Sequence[Mapping[str, str]]
-) -> "SafeWandbLogger":
+def wandb_logger(run_dir: Path, config: Config) -> "SafeWandbLogger":
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in
     the run directory.
 
-    config: without keys and passwords, as W&B shows it. rows: those that metrics.csv has already.
-    The mode `auto` is online if a key is found and the server answers, else offline. ConfigError:
-    W&B cannot start in another mode.
+    config: without keys and passwords, as W&B shows it. The mode `auto` is online if a key is found
+    and the server answers, else offline. ConfigError: W&B cannot start in another mode.
     """
     mode = wandb_mode(config)
     logger = config.logger
@@ -191,7 +188,7 @@ def wandb_logger(
     run.define_metric(STEP_METRIC)
     run.define_metric("*", step_metric=STEP_METRIC, step_sync=True)  # the x axis of every chart
     wandb_run = SafeWandbLogger(experiment=run)
-    for row in rows:
+    for row in read_metrics(run_dir):
         wandb_run.keep_best({name: float(row[name]) for name in BEST_IN_SUMMARY if row.get(name)})
     return wandb_run
 

@@ -124,14 +124,9 @@ def in_all_ways(
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+@pytest.mark.faults  # as under ddp: test_ddp_features.py; with experts: test_remote.py
 @pytest.mark.parametrize(
-    "background",
-    [
-        pytest.param(False, id="foreground"),
-        pytest.param(
-            True, id="background", marks=pytest.mark.faults
-        ),  # slow; test_saving.py has the saving
-    ],
+    "background", [pytest.param(False, id="foreground"), pytest.param(True, id="background")]
 )
 def test_the_best_two_and_the_last_are_kept_and_resumed_from(background, tmp_path):
     (first, left), (second, _) = run_ranks(in_all_ways, 2, tmp_path, background)

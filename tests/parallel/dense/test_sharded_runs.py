@@ -315,6 +315,7 @@ def test_other_precisions_and_compiled_sublayers(one):
             assert rank[name]["while open"] == []
 
 
+@pytest.mark.faults  # a user's module with split weights: tests/conform/test_own.py
 def test_a_users_own_module_is_split_and_equal_to_replicated(tmp_path):
     ranks = run_ranks(on_two, 2, tmp_path)
     for dense in ("replicated", "auto"):

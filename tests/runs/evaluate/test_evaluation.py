@@ -160,6 +160,7 @@ def test_a_wrong_request_is_one_line(runs, words, says, monkeypatch):
     assert says in done.err
 
 
+@pytest.mark.faults  # a W&B server; a run's own id: tests/training/run/test_loggers.py
 def test_results_go_to_the_runs_own_wandb_run(runs):
     run_dir = runs["dgmoe"]
     words = ("evaluate", 1, str(run_dir), "logger.mode=online")

@@ -131,7 +131,7 @@ def swin(folder: Path) -> list[str]:
     return ["configs/quickstart_vision.yaml", *words.split(), f"data.path={folder}"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_damaged_image_is_named_when_it_is_met(images, workers):
     data = build_datamodule(
         load_config(

@@ -58,9 +58,11 @@ def resumed(finished, tmp_path_factory) -> tuple[Path, list[set[str]]]:
     the two wrote."""
     run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("resumed") / "run"))
     files = run_ranks(
-        written, 2, run_dir, "resume", (str(run_dir), "trainer.max_steps=4", "trainer.devices=2")
+        *(written, 2, run_dir, "resume"),
+        (str(run_dir), "trainer.max_steps=4", "trainer.devices=2", "logger.mode=disabled"),
     )
-    done = resume_in_ranks(1, str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
+    words = ("trainer.max_steps=5", "trainer.devices=1", "logger.mode=disabled")
+    done = resume_in_ranks(1, str(run_dir), *words)
     assert done.summary["steps"] == 5
     return run_dir, files
 
@@ -246,7 +248,8 @@ def test_a_damaged_checkpoint_is_read_once_and_set_aside(run_dir, monkeypatch):
             == damaged
         )
     with pytest.raises(RankError, match=r"BrokenCheckpoint: .*is damaged") as caught:
-        resume_in_ranks(1, str(run_dir), "trainer.devices=1", "trainer.max_steps=4")
+        words = ("trainer.devices=1", "trainer.max_steps=4", "logger.mode=disabled")
+        resume_in_ranks(1, str(run_dir), *words)
     assert scmoe("resume", run_dir) in str(caught.value)
     assert saved(run_dir) == LEFT[:1] and len(list((run_dir / "set-aside").iterdir())) == 1
     assert (

@@ -74,15 +74,15 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
 
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     one, two = (load_config("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
-    assert machine.free_gib(two) == pytest.approx(machine.free_gib(one) / 2, rel=0.1)
+    assert machine.available_gib(two) == pytest.approx(machine.available_gib(one) / 2, rel=0.1)
     monkeypatch.setattr(container_memory, "CONTAINER", tmp_path)
     (tmp_path / "memory.max").write_text("1073741824\n")
-    assert machine.free_gib(one) == 1.0
+    assert machine.available_gib(one) == 1.0
     (tmp_path / "memory.current").write_text("805306368\n")
     (tmp_path / "memory.stat").write_text("anon 268435456\ninactive_file 536870912\n")
-    assert machine.free_gib(one) == 0.75, "a quarter is in use; pages of files are given back"
+    assert machine.available_gib(one) == 0.75, "a quarter is in use; pages of files are given back"
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.free_gib(one) > 1.0
+    assert machine.available_gib(one) > 1.0
 
 
 def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypatch, tmp_path):
@@ -91,11 +91,11 @@ def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypa
         load_config("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"])
         for n in (1, 2)
     )
-    free = machine.free_gib(one)
+    free = machine.available_gib(one)
     monkeypatch.setattr(container_memory, "CONTAINER", tmp_path)
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert free <= machine.free_gib(one) == 2 * machine.free_gib(two)
+    assert free <= machine.available_gib(one) == 2 * machine.available_gib(two)
     assert (cpu_threads(one), cpu_threads(two)) == (os.cpu_count(), max(1, os.cpu_count() // 2))
 
 

@@ -98,6 +98,7 @@ def plan(folder: Path, *settings: str) -> Done:
     return train_in_ranks(2, "configs/debug.yaml", *words)
 
 
+@pytest.mark.faults  # a plan: test_adaptive_schedule.py; what is logged: test_planner.py
 def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
     done = plan(
         tmp_path,

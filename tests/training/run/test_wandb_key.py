@@ -58,4 +58,4 @@ def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeyp
     monkeypatch.setattr(wandb, "setup", lambda settings: None)
     monkeypatch.setattr(wandb, "init", refused)
     with pytest.raises(ConfigError, match="ConnectionResetError"):
-        wandb_logger(tmp_path, load_config(None, ["logger.mode=online"]), [])
+        wandb_logger(tmp_path, load_config(None, ["logger.mode=online"]))

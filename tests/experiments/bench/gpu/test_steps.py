@@ -37,7 +37,7 @@ def test_beside_is_the_share_of_transfers_in_which_an_operator_computes():
         Span("experts", 4, 6),
         Span("combine", 6, 10),
     ]
-    assert steps.beside(spans) == 2 / 8
+    assert steps.share_beside_computation(spans) == 2 / 8
 
 
 def test_without_matplotlib_the_missing_picture_is_said(monkeypatch):

@@ -13,7 +13,6 @@ from experiments.bench.inference.pass_figures import SHAPES, PassFigures
 from experiments.bench.inference.prefill_decode import (
     IN_TWO_BATCHES,
     MEASURED_BLOCKS,
-    ONE_BATCH,
     OVERLAPPED,
     MeasuredPasses,
     measure,
@@ -42,7 +41,7 @@ def test_ratios_are_those_of_the_times():
         for shape in SHAPES:
             times |= {
                 (shape, Variant(block, schedule, name)): SECONDS[name] * ROUNDS
-                for name in (*ONE_BATCH, "free")
+                for name in ("sequential", *OVERLAPPED, "free")
             }
     setting = InferenceSetting(0.5, prompt=64, rounds=3)
     report = summary(MeasuredPasses(setting, 145.0, times))
@@ -72,7 +71,7 @@ def test_rows_with_two_batches_in_flight_have_prefill_alone():
     for block in FEW:
         schedule = default_schedule(block)
         for shape in SHAPES:
-            for name in (*ONE_BATCH, "free"):
+            for name in ("sequential", *OVERLAPPED, "free"):
                 times[shape, Variant(block, schedule, name)] = SECONDS[name] * ROUNDS
         for name, seconds in ((IN_TWO_BATCHES, SECONDS[IN_TWO_BATCHES]), ("free", 0.11)):
             variant = Variant(block, schedule, name, batches_in_flight=2)
@@ -151,7 +150,9 @@ def test_all_rows_are_measured_and_reported(tmp_path):
         in_halves = name.endswith("_two")
         for shape in SHAPES[:1] if in_halves else SHAPES:
             figures = row[shape]
-            assert figures["ways"].keys() == ({IN_TWO_BATCHES} if in_halves else set(ONE_BATCH))
+            assert figures["ways"].keys() == (
+                {IN_TWO_BATCHES} if in_halves else {"sequential", *OVERLAPPED}
+            )
             assert min(figures["ms"], figures["limit"]) > 0
             assert set(figures["slots"].values()) <= {0, 1, 2, 3, 4}
     # `bench inference` always has links
