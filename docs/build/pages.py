@@ -213,10 +213,9 @@ def text_of(each: Experiment) -> str:
 
 
 def overview(experiments: Sequence[Experiment]) -> str:
-    """Return a table for each group of experiments, with a row for each result, and links to the
-    others' pages."""
+    """Return a table for each group of experiments, with a row for each result, whose name links to
+    its page, and links to the others' pages. Columns without any value are left out."""
     columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
-    columns["page"] = "[numbers]({link})"
     parts = []
     for group in dict.fromkeys(each.said["group"] for each in experiments):
         rows, others = {}, []
@@ -225,10 +224,12 @@ def overview(experiments: Sequence[Experiment]) -> str:
             data = with_texts(each.data)
             for what, numbers in each.said["results"].items():
                 filled = {column: text.format_map(data) for column, text in numbers.items()}
-                rows[what] = {**each.said, **filled, "link": link}
+                rows[f"[{what}]({link})"] = filled
             if not each.said["results"]:
                 others.append(f"[{each.said['title']}]({link})")
-        parts += [f"## {group}", Report("", rows, columns, "what").markdown()]
+        given = {name for row in rows.values() for name in row}
+        used = {name: text for name, text in columns.items() if name in given}
+        parts += [f"## {group}", Report("", rows, used, "what").markdown()]
         parts += [f"Also: {', '.join(others)}."] if others else []
     return "\n" + "\n\n".join(part.strip() for part in parts) + "\n\n"
 

@@ -13,6 +13,7 @@ from typing import Any
 from docs.build import one_sequence, two_batches
 from docs.build.two_batches import with_quartiles
 from experiments.bench.row import Kind, rows_of
+from experiments.tables.equivalence import interval_of_answer
 from experiments.tables.seed_statistics import compare
 
 SHORTCUTS = ("scmoe_pos2", "scmoe_pos3")
@@ -49,7 +50,7 @@ slower than top-2's best ([by share and by tokens](docs/results/two-batches.md))
 4. **With one long sequence a rank, which has no halves: yes.** With {one[tokens]:,} tokens Pos-3 \
 gains {one[train]} in training and {one[forward]} in inference over the best row without a \
 shortcut, a shared expert in chunks ([numbers](docs/results/{one_page}.md)). A causal sequence can \
-also be cut in its tokens, as SGLang does in prefill; that is not measured here.
+also be cut in its tokens; that is not measured.
 5. **Where gradients outweigh rows: no.** With {rows_over_gradients:.1f} bytes of rows for a byte \
 of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).
@@ -84,8 +85,9 @@ trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). It al
 tokens a rank and, to a shared expert with two batches, at a large share: line 2.
 5. **Not measured:** any GPU, NCCL, two machines, the paper's sizes ([list](#not-run-yet)).
 
-Speeds are medians with quartiles over the rounds of one run a bench; losses are means with \
-intervals of 95 %, which in the tables below hold together.
+Speeds are medians with quartiles over the rounds of one run a bench. Losses are means with \
+intervals of 95 %, which in the tables below hold together; those of line 3 are at the levels of \
+its look.
 """
 
 
@@ -209,8 +211,7 @@ def quality(results: Path) -> dict[str, Any]:
 
 def answer_of(tested: Mapping[str, Any]) -> str:
     """Return a difference with the interval of the test that has decided, and the answer."""
-    is_different = tested["answer"].endswith(("lower", "higher"))
-    low, high = tested["interval_of_difference" if is_different else "interval"]
+    low, high = interval_of_answer(tested)
     return f"{tested['difference']:+.3f} nats [{low:+.3f}, {high:+.3f}], {tested['answer']}"
 
 

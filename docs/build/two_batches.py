@@ -31,8 +31,8 @@ LIMITS = {  # in training a limit counts what a link must carry: gradients, and 
     "scmoe_pos2": "Limit of ScMoE (Pos-2)",
 }
 SPEEDUPS = (
-    "Speed-ups over sequential top-2: training; inference. A limit hides all rows; in training it"
-    " counts what a link must carry, gradients and rows, and top-2 sends two rows a token."
+    "Speed-ups over sequential top-2: training; inference. In training a limit counts gradients and"
+    " rows on the link; top-2 sends two rows a token."
 )
 OverlapReport = Mapping[str, Any]
 

@@ -64,6 +64,14 @@ def answer(
     return result
 
 
+def interval_of_answer(tested: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the interval of the test that has answered: that of the two-sided test if rows are
+    lower or higher, else that of TOST."""
+    is_different = tested["answer"].endswith(("lower", "higher"))
+    low, high = tested["interval_of_difference" if is_different else "interval"]
+    return low, high
+
+
 def compare_at(
     decision: Decision, look: int, values: Sequence[float], baseline: Sequence[float]
 ) -> dict[str, Any]:

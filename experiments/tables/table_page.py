@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.bench.speed_chart import blocks_of
+from experiments.tables.equivalence import interval_of_answer
 from experiments.tables.seed_statistics import seeds_needed
 from scmoe.report import markdown_table
 from scmoe.sweeps.jobs import clock
@@ -62,7 +63,7 @@ def _too_few_seeds(results: Results) -> list[str]:
     sentence = (
         f"**Too few seeds to see the paper's differences.** They are {printed}{unit}; a power of"
         f" 80 % takes {least:,} to {most:,} seeds a row, and there are {seeds} (standard deviation"
-        f" of a difference by seed {form.format(std)}{unit}; two-sided 5 %, normal approximation)."
+        f" of a difference: {form.format(std)}{unit})."
     )
     return [sentence]
 
@@ -84,9 +85,8 @@ def body(results: Results) -> str:
     ]
     if "decision" not in results:
         lines.append(
-            "Differences are taken seed by seed; p is that of a paired t-test, corrected for"
-            f" {results['comparisons']} comparisons (Holm); the intervals hold together at 95 %"
-            " (Bonferroni)."
+            f"Differences are paired by seed; p (t-test) is corrected for {results['comparisons']}"
+            " comparisons by Holm, 95 % intervals by Bonferroni."
         )
     for group in dict.fromkeys(group for row in results["rows"] for group in row["groups"]):
         rows = [row for row in results["rows"] if group in row["groups"]]
@@ -158,7 +158,7 @@ def decision_part(decision: Results, form: str) -> list[str]:
         if tested["n"]:
             numbers = [
                 signed.format(tested["difference"]),
-                _numbers(" to ", signed, *tested["interval"]),
+                _numbers(" to ", signed, *interval_of_answer(tested)),
                 f"{_four_digits(tested['tost_p'])} ({tested['tost_level']:.4f})",
                 f"{_four_digits(tested['p'])} ({tested['level']:.4f})",
             ]
@@ -180,8 +180,9 @@ def decision_part(decision: Results, form: str) -> list[str]:
             f"Two rows are equal if they differ by less than {decision['margin']:g}: two one-sided"
             " tests. They are different if a two-sided test says so. Both are Welch's, unpaired, at"
             f" looks of {looks} seeds a row (reached: {reached}), each with its own level, 0.05 in"
-            " all. The interval excludes the margin exactly if the first test holds. There is no"
-            " correction for the number of pairs."
+            " all. The interval is that of the test that has answered: it lies within the margin if"
+            " rows are equal, and excludes 0 if they are different. There is no correction for the"
+            " number of pairs."
         ),
         "",
         *markdown_table(columns, cells, numbers=True),
@@ -276,11 +277,11 @@ def _equal_time(results: Results) -> list[str]:
         "## Quality at equal time",
         "",
         (
-            "Validation loss of each row at the time at which the fastest row ends, by the training"
-            f" speed-ups of {_step_of_speeds(results)}, which p takes as exact."
-            f" {_way_of_speeds(shares)} A slower row is read off its own curve at the step in"
-            " brackets, before its learning rate has decayed; then its difference to the baseline"
-            f" at that time, and its corrected p{_spread_of_speeds(shares)}."
+            "Validation loss when the fastest row ends, by the training speed-ups of"
+            f" {_step_of_speeds(results)}. {_way_of_speeds(shares)} A slower row is read off its"
+            " own curve at the step in brackets, before its learning rate has decayed. Then follow"
+            " the difference to the baseline and the corrected p, which takes speeds as exact"
+            f"{_spread_of_speeds(shares)}."
         ),
     ]
     if len(shares) == 1:
@@ -332,7 +333,7 @@ def _origin(results: Results) -> list[str]:
     lines = ["", f"{command}, {machines}, torch {torch}, commit {commits}."]
     if taken_from := results.get("taken_from"):  # results of versions in which tables shared runs
         origins = ", ".join(f"{count} from {name}" for name, count in taken_from.items())
-        lines += ["", f"Runs of equal configuration that were not made again: {origins}."]
+        lines += ["", f"Reused runs of equal configuration: {origins}."]
     missing = [
         f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run"
         for row in results["rows"]
@@ -356,10 +357,7 @@ def _spread_of_speeds(shares: Results) -> str:
     columns = [column for share, column in shares.items() if share != "equal_tokens"]
     rows = [row for column in columns for row in column["rows"].values()]
     if any("with_speeds" in (row["minus_baseline"] or {}) for row in rows):
-        return (
-            "; then its interval where both speeds are at their quartiles, each on the side that"
-            " widens it"
-        )
+        return "; then the interval with both speeds at those quartiles that widen it"
     return ""
 
 

@@ -84,7 +84,7 @@ def tables(figure: dict[str, Any]) -> list[Report]:
         "limit": "{ways[determinate][bound]:.0%}",
         "speculative": "{ways[speculative][hidden]:.0%}",
         "hit rate": "{ways[speculative][hit_rate]:.0%}",
-        "times kept": "{kept} of {tried}",
+        "kept/tried": "{kept}/{tried}",
     }
     peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, "determinate")}
     title = (

@@ -242,16 +242,16 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "tokens/s": "{tokens_per_s:.0f}",
         "over the first": "{speedup:.2f}",
         "[quartiles]": "[{quartiles[0]:.2f} {quartiles[1]:.2f}]",
-        "step": "{step_s:.3f} s",
-        "compute": "{compute_s:.3f} s",
-        "exposed rows": "{exposed_rows_s:.3f} s",
-        "exposed gradients": "{exposed_gradients_s:.3f} s",
+        "step, s": "{step_s:.3f}",
+        "compute, s": "{compute_s:.3f}",
+        "exposed rows, s": "{exposed_rows_s:.3f}",
+        "exposed gradients, s": "{exposed_gradients_s:.3f}",
         "rows/gradients": "{rows_over_gradients:.2f}",
         "validation loss": "{val_loss:.3f}",
     }
     rows = rows_as(TrainedRow, report)
     if any(row.exposed_rows_s is None for row in rows.values()):
-        columns["exposed"] = "{exposed_s:.3f} s"
+        columns["exposed, s"] = "{exposed_s:.3f}"
     if any(row.peak_mb is not None for row in rows.values()):
         columns["peak, MiB"] = "{peak_mb:.1f}"
     if "load" in report:
