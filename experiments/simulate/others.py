@@ -163,8 +163,8 @@ def model_of(job: Job, profile: Profile) -> Model:
         if known == key:
             return model
     compared = models_for(job, profile, "balanced")
-    own = config.moe.architecture
-    (model,) = [each for each in compared if each.schedule.architecture == own]
+    architecture = config.moe.architecture
+    (model,) = [each for each in compared if each.schedule.architecture == architecture]
     COUNTED.append((key, model))
     return model
 
