@@ -6,6 +6,7 @@ It shows the reports of `scmoe bench overlap` in docs/figures/one-sequence.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from docs.build import two_batches
 from docs.build.two_batches import OverlapReport
@@ -14,7 +15,7 @@ from scmoe.report import Report
 NAME = "one-sequence"  # of the page, of its picture, and of the folder of its reports
 
 
-def read_reports(figures: Path) -> list[OverlapReport]:
+def read_reports(figures: Path) -> list[dict[str, Any]]:
     """Return the reports by the length of the sequence. figures: a folder."""
     reports = [
         json.loads(path.read_text(encoding="utf-8")) for path in (figures / NAME).glob("*.json")
