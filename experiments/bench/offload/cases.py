@@ -35,6 +35,11 @@ class Case:
     tried: int
     equal_bits: bool
     ways: Mapping[str, Way] = field(default_factory=dict)
+    block_ms: float | None = None
+    window_ms: float | None = None
+    fetch_ms: float | None = None
+    active: float | None = None
+    blocking_costs: float | None = None
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,15 @@ def with_figures(case: Case, times: Times, model: nn.Module, setting: OffloadSet
         bound = min(1.0, (windows[way] + experts_s) / fetch_s) if way in windows else 0.0
         hidden = 1 - extra[way] / extra["blocking"]
         ways[way] = Way(1e3 * (block_s + extra[way]), hidden, bound, times.hit_rate[way])
-    return replace(case, ways=ways)
+    return replace(
+        case,
+        ways=ways,
+        block_ms=1e3 * block_s,
+        window_ms=1e3 * window_s,
+        fetch_ms=1e3 * fetch_s,
+        active=active,
+        blocking_costs=extra["blocking"] / block_s,
+    )
 
 
 def in_place(model: nn.Module, ids: Tensor) -> list[Operators]:
