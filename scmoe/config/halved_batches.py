@@ -8,6 +8,7 @@ from dataclasses import replace
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
+from scmoe.config.model_fields import ScheduleConfig
 from scmoe.config.refuse import Refusals, Remedy
 
 KEY = "schedule.batches_in_flight"
@@ -84,6 +85,11 @@ def may_run_two_batches(config: Config) -> bool:
     return not any(True for check in checks for _ in check(two))
 
 
+def without_number(schedule: ScheduleConfig) -> ScheduleConfig:
+    """Return a schedule that leaves the number of batches in flight open."""
+    return replace(schedule, batches_in_flight=None)
+
+
 def possible_batches(config: Config) -> tuple[int, ...]:
     """Return the numbers of batches in flight that a training can have: the configured one, or
     those from which schedule.auto chooses."""
@@ -97,3 +103,8 @@ def travel_overrides(config: Config) -> list[str]:
     schedule = config.schedule
     batches = "null" if schedule.batches_in_flight is None else schedule.batches_in_flight
     return [f"{KEY}={batches}", f"schedule.transfers={schedule.transfers}"]
+
+
+def schedule_of_one_rank(schedule: ScheduleConfig) -> ScheduleConfig:
+    """Return the schedule with rows that stay on their rank."""
+    return replace(schedule, batches_in_flight=None, transfers="overlapped")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import without_number
 from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import validate
 from scmoe.loads import BALANCED
@@ -142,7 +143,7 @@ def judged_config(
         trainer=trainer,
         data=data,
         strategy=replace(asked.strategy, ep_size=math.gcd(asked.moe.num_experts, ranks)),
-        schedule=replace(asked.schedule, batches_in_flight=None),
+        schedule=without_number(asked.schedule),
         model=replace(asked.model, layers=request.stage_layers or asked.model.layers),
     )
     validate(config, request.config.source)

@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from scmoe.config.fields import Config
+from scmoe.config.halved_batches import schedule_of_one_rank
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.weights.families import READERS, reader_name
@@ -56,7 +57,7 @@ def dropless(config: Config) -> Config:
         config,
         init_from=None,
         moe=moe,
-        schedule=replace(config.schedule, batches_in_flight=None, transfers="overlapped"),
+        schedule=schedule_of_one_rank(config.schedule),
         strategy=type(config.strategy)(),
         trainer=type(config.trainer)(),
     )
@@ -196,7 +197,7 @@ def transformers_sizes(config: Config) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _read(text: str, source: str) -> Config:
+def _config_of(text: str, source: str) -> Config:
     """Read a configuration once: transformers asks a model for it several times."""
     return load_text(text, source)
 
@@ -207,7 +208,7 @@ def our_config(content: dict[str, Any], source: str) -> Config:
     Raises ValueError if it has a setting that our models do not support.
     """
     if content.get("model_type") == OUR_MODEL_TYPE:
-        return _read(json.dumps(content.get("scmoe")), source)
+        return _config_of(json.dumps(content.get("scmoe")), source)
     try:
         settings, problems, _ = READERS[reader_name(content)](content)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -221,4 +222,4 @@ def our_config(content: dict[str, Any], source: str) -> Config:
         "data.name": "synthetic",
         "moe.capacity_factor": None,
     }
-    return _read(json.dumps(ours), source)
+    return _config_of(json.dumps(ours), source)

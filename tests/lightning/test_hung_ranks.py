@@ -25,7 +25,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
-from scmoe.lightning import hung_ranks
 from scmoe.lightning.hung_ranks import LEFT_ALONE, roll_call
 from scmoe.lightning.job import START_TIMEOUT_S
 from scmoe.lightning.strategy import ExpertParallelStrategy
@@ -212,7 +211,6 @@ def test_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
 def call(rank: int, world_size: int, silent: list[int]) -> list[int] | None:
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
-    hung_ranks.ROLL_CALL_S = 1.5
     return None if rank in silent else roll_call(Mesh(rank, world_size, checkpoint_group=group))
 
 

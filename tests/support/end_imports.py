@@ -18,5 +18,4 @@ from scmoe.config.load import load_config
 registry.entry_points = cache(registry.entry_points)
 load_config()
 gc.freeze()
-gc.set_threshold(20_000, 20, 20)  # it looks for garbage less often
 gc.enable()

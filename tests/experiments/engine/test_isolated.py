@@ -17,7 +17,7 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
     pid_file, module = tmp_path / "pid", "tests.support.check_parts:pieces"
     parts = {
         "fails": CheckPart("Fails", module, 30, (), ("fail",)),
-        "hangs": CheckPart("Hangs", module, 2, (), ("hang", str(pid_file))),
+        "hangs": CheckPart("Hangs", module, 5, (), ("hang", str(pid_file))),
         "crashes": CheckPart("Crashes", module, 30, (), ("crash",)),
         "lacks": CheckPart(
             "Lacks a package", module, 30, ("json", "no_such_package"), ("measure",)
