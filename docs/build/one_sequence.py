@@ -1,4 +1,4 @@
-"""The page of one long sequence a rank, whose batch has no halves.
+"""The page of one long sequence a rank: two batches in flight would need two.
 
 It shows the reports of `scmoe bench overlap` in docs/figures/one-sequence.
 """

@@ -25,7 +25,7 @@ from experiments.bench import speed_chart
 from experiments.bench.inference import gains
 from experiments.bench.offload import figure_13
 from experiments.bench.overlap import uneven
-from experiments.bench.row import rows_of
+from experiments.bench.row import rows_of, with_quartiles
 from experiments.bench.training import slow_network
 from experiments.figures import gradients
 from experiments.figures.measured import (
@@ -244,7 +244,7 @@ def with_texts(part: Any) -> Any:
     result = {key: with_texts(value) for key, value in part.items()}
     for quartiles, value in QUARTILES:
         if quartiles in part and value in part:
-            text = two_batches.with_quartiles(part[value], part[quartiles])
+            text = with_quartiles(part[value], part[quartiles])
             result[quartiles.replace("quartiles", "text")] = text
     return result
 
@@ -262,7 +262,7 @@ def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
         "hidden": rows_of(report)[fastest["row"]].overlap_forward,
         "paper_hidden": scenario.hidden,
         "over": fastest["over"],
-        "over_shared": two_batches.with_quartiles(median, (low, high)),
+        "over_shared": with_quartiles(median, (low, high)),
         "paper_over": {row: scenario.over.get(row, "-") for row in PCIE_OVER},
     }
 
@@ -288,17 +288,9 @@ def scenario_tables(data: dict[str, Any]) -> list[Report]:
     return [Report(title, {row["name"]: row for row in data["scenarios"]}, columns, "scenario")]
 
 
-def tables_of_halves(data: dict[str, Any]) -> list[Report]:
-    return two_batches.tables(data["reports"])
-
-
-def tables_of_one_sequence(data: dict[str, Any]) -> list[Report]:
-    return one_sequence.tables(data["reports"])
-
-
 TABLES = {  # by the first words of an experiment's name
     **{start: bench.tables for start, bench in BENCHES.items()},
     "figure-8": scenario_tables,
-    two_batches.NAME: tables_of_halves,
-    one_sequence.NAME: tables_of_one_sequence,
+    two_batches.NAME: lambda data: two_batches.tables(data["reports"]),
+    one_sequence.NAME: lambda data: one_sequence.tables(data["reports"]),
 }

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.build import one_sequence, two_batches
-from docs.build.two_batches import with_quartiles
-from experiments.bench.row import Kind, rows_of
+from experiments.bench.row import Kind, rows_of, with_quartiles
 from experiments.tables.equivalence import interval_of_answer
 from experiments.tables.seed_statistics import compare
 
@@ -47,7 +46,7 @@ slower than top-2's best ([by share and by tokens](docs/results/two-batches.md))
 {other[1]:.2f} with quartiles from {quartiles[0]:.2f} to {quartiles[1]:.2f}. At a share of \
 {large_share:.2f} Pos-2 with one batch is slower: {at_large_share[train]:.2f} in training, \
 {at_large_share[forward]:.2f} in inference.
-4. **With one long sequence a rank, which has no halves: yes.** With {one[tokens]:,} tokens Pos-3 \
+4. **With one long sequence a rank: yes.** With {one[tokens]:,} tokens Pos-3 \
 gains {one[train]} in training and {one[forward]} in inference over the best row without a \
 shortcut, a shared expert in chunks ([numbers](docs/results/{one_page}.md)). A causal sequence can \
 also be cut in its tokens; that is not measured.
@@ -72,7 +71,7 @@ SHORT = """
 in flight ([numbers]({headline}.md)).
 2. **By share and by tokens.** Training of Pos-2 with one batch over the best row without a \
 shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)). With one sequence of \
-{one[tokens]:,} tokens a rank, which has no halves, Pos-3 gains {one[train]} in training and \
+{one[tokens]:,} tokens a rank Pos-3 gains {one[train]} in training and \
 {one[forward]} in inference ([numbers]({one_page}.md)).
 3. **Quality: top-2 is better at this size.** Each row at its best learning rate, \
 {registered_seeds} seeds a row, equal tokens: Pos-2's loss minus top-2's is {registered[top2]}; \

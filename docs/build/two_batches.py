@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.row import Kind, rows_of
+from experiments.bench.row import Kind, rows_of, with_quartiles
 from experiments.bench.speed_chart import KIND_WORDS
 from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, chart, heading
 from scmoe.predict.row_names import architecture_of, batches_of, name_of, way_of_row
@@ -121,10 +121,6 @@ def cells_of(report: OverlapReport) -> dict[str, str]:
     if known := [peak for peak in peaks if peak is not None]:
         cells["memory, two batches over one"] = f"{min(known):.2f} to {max(known):.2f}"
     return cells
-
-
-def with_quartiles(median: float, quartiles: Sequence[float]) -> str:
-    return f"{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"
 
 
 def limit(report: OverlapReport, row: str, kind: Kind) -> float:

@@ -1,6 +1,6 @@
 """The rows of reports: how any of them is written and read, and the row of `bench overlap`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -160,3 +160,8 @@ def rows_as(kind: type[Figures], report: Mapping[str, Any]) -> dict[str, Figures
 def table_cells(rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
     """Return what a table shows of rows: their figures and the place of their experts."""
     return {name: {**to_json(row), "place": row.place} for name, row in rows.items()}
+
+
+def with_quartiles(median: float, quartiles: Sequence[float]) -> str:
+    """Return a speed-up as pages show it: 1.53 [1.46, 1.56]."""
+    return f"{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"

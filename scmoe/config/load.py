@@ -290,7 +290,7 @@ def _hint(key: str) -> str:
 class _Loader(yaml.BaseLoader):
     """Reads mappings, lists and texts, and nothing else."""
 
-    def fetch_tag(self) -> None:
+    def fetch_tag(self) -> None:  # the scanner calls it at the first sign of a tag
         raise ConfigError(
             f"line {self.get_mark().line + 1}: tags (!), anchors (&) and aliases (*) are not"
             " allowed."

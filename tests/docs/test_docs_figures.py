@@ -8,6 +8,7 @@ import pytest
 
 from docs.build import one_sequence, readme, two_batches
 from docs.build.pages import HEADLINE, PAGES, RESULTS, with_part
+from experiments.tables.equivalence import interval_of_answer
 from experiments.tables.seed_statistics import compare
 from scmoe.config.leaves import ConfigError
 
@@ -86,6 +87,18 @@ def test_a_new_measurement_changes_readmes_answers(tmp_path):
             (tmp_path / path).write_text(json.dumps(report), encoding="utf-8")
         texts.add(readme.answers(tmp_path / PAGES, tmp_path / RESULTS, HEADLINE))
     assert len(texts) == 1 + len(changes)
+
+
+def test_the_page_of_the_registered_experiment_has_readmes_intervals(facts):
+    page = (ROOT / RESULTS / readme.REGISTERED / "table.md").read_text(encoding="utf-8")
+    for rival, tested in facts["tested"].items():
+        low, high = interval_of_answer(tested)
+        (line,) = [
+            line
+            for line in page.splitlines()
+            if line.startswith(f"| {readme.POS2} minus {readme.RIVALS[rival]} |")
+        ]
+        assert f"{low:+.4f} to {high:+.4f}" in line
 
 
 def test_a_page_without_its_marks_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 from scipy import stats
 
-from experiments.tables.equivalence import compare_at, equivalences, levels
+from experiments.tables.equivalence import compare_at, equivalences, interval_of_answer, levels
 from experiments.tables.table_file import Decision
 
 DECISION = Decision(margin=0.01, looks=(16, 24, 40))
@@ -63,6 +63,17 @@ def test_a_pair_keeps_the_answer_of_its_first_deciding_look():
     assert early["answer"] == "no look yet" and early["n"] == 0
     wide = compare(values(3.7, 40, 0.1, 3), values(3.7, 40, 0.1, 4))
     assert wide["look"] == 40 and wide["answer"] == "undecided"
+
+
+def test_the_interval_of_an_answer_shows_it():
+    """It excludes 0 where rows differ, lies within the margin where they are equal, and else does
+    neither."""
+    low, high = interval_of_answer(compare(values(3.8, 24, 0.012, 1), values(3.7, 24, 0.012, 2)))
+    assert 0 < low < high
+    low, high = interval_of_answer(compare(values(3.7, 40, 0.004, 1), values(3.7, 40, 0.004, 2)))
+    assert -DECISION.margin < low < high < DECISION.margin
+    low, high = interval_of_answer(compare(values(3.7, 40, 0.1, 3), values(3.7, 40, 0.1, 4)))
+    assert low < -DECISION.margin < DECISION.margin < high
 
 
 def test_a_look_waits_for_every_row_and_passes_a_failed_seed():
