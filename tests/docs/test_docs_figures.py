@@ -89,6 +89,14 @@ def test_a_new_measurement_changes_readmes_answers(tmp_path):
     assert len(texts) == 1 + len(changes)
 
 
+def test_the_second_day_of_the_headline_is_as_its_report_says():
+    report = readme.read(ROOT / RESULTS / "headline-second-day.json")
+    text = (ROOT / RESULTS / "README.md").read_text(encoding="utf-8")
+    for over in ("over_best_without_another_model", "over_best_without_shortcut"):
+        pos2, pos3 = (readme.gain_of(report, row, over) for row in readme.SHORTCUTS)
+        assert f"{pos2} and {pos3} over" in text
+
+
 def test_the_page_of_the_registered_experiment_has_readmes_intervals(facts):
     page = (ROOT / RESULTS / readme.REGISTERED / "table.md").read_text(encoding="utf-8")
     for rival, tested in facts["tested"].items():
