@@ -1,8 +1,8 @@
 """The style of every chart: it can be read on paper, on a phone, and by colour-blind readers.
 
-A chart is WIDTH inches wide, and no text is smaller than SMALL points. On a phone of 390 pixels, a
-point is then a pixel; on a page whose text is 6.5 inches wide, the smallest letters have 10.8
-points. Only functions import matplotlib, because machines without it measure too.
+A chart is CHART_WIDTH inches wide, and no text is smaller than SMALL points. On a phone of 390
+pixels, a point is then a pixel; on a page whose text is 6.5 inches wide, the smallest letters have
+10.8 points. Only functions import matplotlib, because machines without it measure too.
 
 A PNG carries a digest of what it shows, so that a test can tell whether drawing it again would show
 something else.
@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-WIDTH = 5.4  # inches
+CHART_WIDTH = 5.4  # inches
 SMALL = 9.0  # points
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE = "#0072b2"
@@ -45,7 +45,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def chart(path: Path, height: float, width: float = WIDTH) -> Iterator[Any]:
+def chart(path: Path, height: float, width: float = CHART_WIDTH) -> Iterator[Any]:
     """Yield an empty figure of this size in inches, and write it to `path` at the end.
 
     The suffix of `path` is the format.

@@ -52,8 +52,8 @@ VERBS = {
 }
 LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure", "simulate")  # of experiments/
 VERBS_WITH_COMMANDS = ("bench", "simulate")  # verbs of the laboratory with commands of their own
-INTERRUPTED = 128 + signal.SIGINT
-AGAIN_S = 1.0  # a second Ctrl-C within this time is the same one
+CODE_OF_CTRL_C = 128 + signal.SIGINT  # as in lightning/stop.py, which this must not import
+SECOND_CTRL_C_S = 1.0  # a second Ctrl-C within this time is the same one
 HELP_COLUMNS = 120  # where standard output is no terminal
 HYPHENS = Parameter(allow_leading_hyphen=True)
 KeyValue = Annotated[str, HYPHENS]  # --key=value is an override too
@@ -77,7 +77,7 @@ def call(*words: str) -> int:
         except BaseException:
             if interruption.first_s is None:
                 raise
-        return code if interruption.first_s is None else INTERRUPTED
+        return code if interruption.first_s is None else CODE_OF_CTRL_C
 
 
 class CtrlC(KeyboardInterrupt):
@@ -86,8 +86,8 @@ class CtrlC(KeyboardInterrupt):
 
 
 class Interruption:
-    """A handler of SIGINT: CtrlC is raised once; a second Ctrl-C, AGAIN_S later or more, ends the
-    process at once."""
+    """A handler of SIGINT: CtrlC is raised once; a second Ctrl-C, SECOND_CTRL_C_S later or more,
+    ends the process at once."""
 
     def __init__(self) -> None:
         self.first_s: float | None = None  # when it came
@@ -96,8 +96,8 @@ class Interruption:
         if self.first_s is None:
             self.first_s = time.monotonic()
             raise CtrlC
-        if time.monotonic() - self.first_s > AGAIN_S:
-            os._exit(INTERRUPTED)
+        if time.monotonic() - self.first_s > SECOND_CTRL_C_S:
+            os._exit(CODE_OF_CTRL_C)
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def answer(*words: str) -> int:
         if error.errno != errno.ENAMETOOLONG:  # such a name is in the request, as pathlib raises
             return 1
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return CODE_OF_CTRL_C
     return 2
 
 
@@ -207,7 +207,7 @@ def require_checkout(verb: str) -> None:
     package's checkout."""
     if verb not in LABORATORY:
         return
-    folder = CHECKOUT.parent / "experiments"
+    folder = CHECKOUT / "experiments"
     if not folder.is_dir():
         raise ConfigError(
             f"scmoe {verb} needs a checkout of the repository, and scmoe is installed without one. "
@@ -217,7 +217,7 @@ def require_checkout(verb: str) -> None:
     if spec is None or spec.origin is None or Path(spec.origin).parent != folder:
         raise ConfigError(
             f"scmoe {verb} needs {folder}, but another module named experiments comes first on"
-            f" Python's path. Call it from {CHECKOUT.parent}"
+            f" Python's path. Call it from {CHECKOUT}"
         )
 
 

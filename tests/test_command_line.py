@@ -192,7 +192,7 @@ def test_every_module_of_a_verb_is_a_verb():
 
 
 def test_a_verb_of_the_laboratory_needs_this_checkout(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command_line, "CHECKOUT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(command_line, "CHECKOUT", tmp_path)
     assert call("bench", "layer") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "checkout" in said

@@ -279,6 +279,22 @@ def test_file_names_are_unique():
     assert twice == []
 
 
+def test_the_name_of_a_class_or_constant_means_one_thing():
+    defined = [name for tree in trees().values() for name in classes_and_constants(tree)]
+    assert [name for name, n in Counter(defined).items() if n > 1] == []
+
+
+def classes_and_constants(tree: ast.Module) -> Iterable[str]:
+    """Yield the names of a file's classes and of its constants, those without an underscore."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            set_here = (each for target in targets for each in ast.walk(target))
+            yield from (n.id for n in set_here if isinstance(n, ast.Name) and n.id.isupper())
+
+
 def test_some_things_exist_once():
     for pattern, allowed in ONCE.items():
         users = {path for path, text in TEXTS.items() if re.search(pattern, text)}

@@ -8,7 +8,7 @@ experiments/figures/unmeasured.py assumes.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.engine.gantt import COLORS, OTHER, draw, with_sublayers
+from experiments.engine.gantt import OPERATOR_COLORS, OTHER, draw, with_sublayers
 from experiments.figures.unmeasured import TIMES, TOP2_TIMES, arrow, box, canvas
 from scmoe.charts import PAPER, SMALL, chart
 from scmoe.schedule.cost import OperatorTimes, best_schedule, elapsed_time, per_chunk, play_block
@@ -83,13 +83,15 @@ def ranks(path: Path) -> None:
             arrow(axis, (1.8, y), (3.0, y))
             for label, x in columns.items():
                 words = f"Experts\n{2 * rank}, {2 * rank + 1}" if label == "Experts" else label
-                box(axis, x, y, 2.8, words, COLORS.get(label.lower(), PAPER))
+                box(axis, x, y, 2.8, words, OPERATOR_COLORS.get(label.lower(), PAPER))
             arrow(axis, (18.6, y), (19.9, y))
         for name, left, right in (("dispatch", 5.9, 9.3), ("combine", 12.3, 15.7)):
             for sender in rows.values():
                 for receiver in rows.values():
-                    arrow(axis, (left, sender), (right, receiver), COLORS[name])
-            axis.text((left + right) / 2, 8.0, name, ha="center", fontsize=9, color=COLORS[name])
+                    arrow(axis, (left, sender), (right, receiver), OPERATOR_COLORS[name])
+            axis.text(
+                (left + right) / 2, 8.0, name, ha="center", fontsize=9, color=OPERATOR_COLORS[name]
+            )
         note = "Each token goes to the rank of its expert, and its result comes back."
         axis.text(0.0, 0.0, note, fontsize=SMALL, style="italic")
 

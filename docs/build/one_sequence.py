@@ -12,13 +12,14 @@ from docs.build import two_batches
 from docs.build.two_batches import OverlapReport
 from scmoe.report import Report
 
-NAME = "one-sequence"  # of the page, of its picture, and of the folder of its reports
+SEQUENCE_PAGE = "one-sequence"  # of the page, of its picture, and of the folder of its reports
 
 
 def read_reports(figures: Path) -> list[dict[str, Any]]:
     """Return the reports by the length of the sequence. figures: a folder."""
     reports = [
-        json.loads(path.read_text(encoding="utf-8")) for path in (figures / NAME).glob("*.json")
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (figures / SEQUENCE_PAGE).glob("*.json")
     ]
     return sorted(reports, key=lambda report: report["tokens"])
 

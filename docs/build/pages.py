@@ -95,9 +95,9 @@ def pictures() -> dict[str, Callable[[Path], None]]:
             "figure-8": partial(draw_speeds, scenarios),
         }
     halves = two_batches.read_reports(PAGES, HEADLINE)
-    drawings[two_batches.NAME] = partial(two_batches.draw, halves)
+    drawings[two_batches.BATCHES_PAGE] = partial(two_batches.draw, halves)
     longest = one_sequence.read_reports(PAGES)[-1]
-    drawings[one_sequence.NAME] = partial(speed_chart.draw, longest)
+    drawings[one_sequence.SEQUENCE_PAGE] = partial(speed_chart.draw, longest)
     return drawings
 
 
@@ -171,9 +171,9 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
     if name == FIGURE_8.name:
         scenarios = [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]
         return page, said, {"scenarios": scenarios}
-    if name == two_batches.NAME:
+    if name == two_batches.BATCHES_PAGE:
         return page, said, {"reports": two_batches.read_reports(PAGES, HEADLINE)}
-    if name == one_sequence.NAME:
+    if name == one_sequence.SEQUENCE_PAGE:
         reports = one_sequence.read_reports(PAGES)
         return page, said, {"reports": reports, "longest": reports[-1]}
     data = readme.read(PAGES / f"{name}.json")
@@ -269,7 +269,7 @@ def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
 
 def tables_of(name: str, data: dict[str, Any]) -> list[Report]:
     """Return the tables of an experiment's page."""
-    make = next((make for start, make in TABLES.items() if name.startswith(start)), None)
+    make = next((make for start, make in TABLE_MAKERS.items() if name.startswith(start)), None)
     return make(data) if make else []
 
 
@@ -288,9 +288,9 @@ def scenario_tables(data: dict[str, Any]) -> list[Report]:
     return [Report(title, {row["name"]: row for row in data["scenarios"]}, columns, "scenario")]
 
 
-TABLES = {  # by the first words of an experiment's name
+TABLE_MAKERS = {  # by the first words of an experiment's name
     **{start: bench.tables for start, bench in BENCHES.items()},
     "figure-8": scenario_tables,
-    two_batches.NAME: lambda data: two_batches.tables(data["reports"]),
-    one_sequence.NAME: lambda data: one_sequence.tables(data["reports"]),
+    two_batches.BATCHES_PAGE: lambda data: two_batches.tables(data["reports"]),
+    one_sequence.SEQUENCE_PAGE: lambda data: one_sequence.tables(data["reports"]),
 }

@@ -15,16 +15,19 @@ from experiments.bench.row import Kind, rows_of, with_quartiles
 from experiments.tables.equivalence import interval_of_answer
 from experiments.tables.seed_statistics import compare
 
-SHORTCUTS = ("scmoe_pos2", "scmoe_pos3")
-FEW_TOKENS = "overlap-real-iteration-2-ranks-share-0.52-ratio-0.3"
+FEW_ROWS_REPORT = "overlap-real-iteration-2-ranks-share-0.52-ratio-0.3"
 TABLE_3 = "table3-small"
 REGISTERED = "quality-small"
 TOP2 = "top-2"
 POS2 = "ScMoE Pos-2, CG-1"
-RIVALS = {"top2": TOP2, "equal_size": "top-2, 9 experts", "shared": "shared-expert, CG-1"}
-WORDS = {2: "two", 4: "four", 8: "eight"}
+REGISTERED_RIVALS = {
+    "top2": TOP2,
+    "equal_size": "top-2, 9 experts",
+    "shared": "shared-expert, CG-1",
+}
+NUMBER_WORDS = {2: "two", 4: "four", 8: "eight"}
 
-TEXT = """
+ANSWERS = """
 One iteration of {layers} blocks on {ranks} CPU ranks with slow links, where communication is \
 {comm_share:.0%} of top-2's forward pass ([conditions](docs/results/{headline}.md)):
 
@@ -64,7 +67,7 @@ difference.
 """
 
 
-SHORT = """
+SHORT_ANSWERS = """
 1. **Over the best rival: little, or nothing.** Training of {layers} blocks at a share of \
 {comm_share:.2f}: Pos-2 {same_pos2}, Pos-3 {same_pos3} over the best schedule of top-2; \
 {other_pos2}, {other_pos3} over the best row without a shortcut, a shared expert with two batches \
@@ -93,7 +96,7 @@ its look.
 def short_answers(figures: Path, results: Path, headline: str) -> str:
     """Return the five lines on top of the overview of results."""
     report = read(figures / f"{headline}.json")
-    few_tokens = rows_of(read(figures / f"{FEW_TOKENS}.json"))["scmoe_pos2"]
+    few_tokens = rows_of(read(figures / f"{FEW_ROWS_REPORT}.json"))["scmoe_pos2"]
     table = read(results / TABLE_3 / "results.json")
     equal_tokens = losses_of(table, "equal_tokens")
     said = facts(figures, results, headline)
@@ -103,7 +106,7 @@ def short_answers(figures: Path, results: Path, headline: str) -> str:
         "other_pos2": gain_of(report, "scmoe_pos2", "over_best_without_shortcut"),
         "other_pos3": gain_of(report, "scmoe_pos3", "over_best_without_shortcut"),
         "equal": with_interval(compare(equal_tokens[POS2], equal_tokens[TOP2])),
-        "seeds": WORDS[len(equal_tokens[POS2])],
+        "seeds": NUMBER_WORDS[len(equal_tokens[POS2])],
         "few_tokens": with_quartiles(few_tokens.train_speedup, few_tokens.train_quartiles),
     }
     by_share, by_tokens = two_batches.groups_of(two_batches.read_reports(figures, headline))
@@ -116,7 +119,7 @@ def short_answers(figures: Path, results: Path, headline: str) -> str:
             f"{gain_of(end, 'scmoe_pos2', 'over_best_without_shortcut')} {unit.format_map(end)}"
             for end in ends
         )
-    return SHORT.format_map(said)
+    return SHORT_ANSWERS.format_map(said)
 
 
 def gain_of(report: Mapping[str, Any], row: str, over: str, kind: Kind = "train") -> str:
@@ -132,7 +135,7 @@ def with_interval(difference: Mapping[str, Any]) -> str:
 
 def answers(figures: Path, results: Path, headline: str) -> str:
     """Return the table and the answers. headline: the name of the report that the table shows."""
-    return TEXT.format_map(facts(figures, results, headline))
+    return ANSWERS.format_map(facts(figures, results, headline))
 
 
 def facts(figures: Path, results: Path, headline: str) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def facts(figures: Path, results: Path, headline: str) -> dict[str, Any]:
     shortcuts are compared with."""
     report = read(figures / f"{headline}.json")
     rows = rows_of(report)
-    few_tokens = read(figures / f"{FEW_TOKENS}.json")
+    few_tokens = read(figures / f"{FEW_ROWS_REPORT}.json")
     same_model = gains(report, "over_best_without_another_model")
     other_models = gains(report, "over_best_without_shortcut")
     ends = [end for gain in other_models for end in gain["quartiles"]]
@@ -148,8 +151,8 @@ def facts(figures: Path, results: Path, headline: str) -> dict[str, Any]:
     at_largest = largest["rows"]["scmoe_pos2"]["over_best_without_shortcut"]
     return {
         "headline": headline,
-        "layers": WORDS[report["layers"]],
-        "ranks": WORDS[report["ranks"]],
+        "layers": NUMBER_WORDS[report["layers"]],
+        "ranks": NUMBER_WORDS[report["ranks"]],
         "comm_share": report["comm_share"],
         "speed": {
             name: f"{row.train_speedup:.2f} | {row.forward_speedup:.2f}"
@@ -166,8 +169,8 @@ def facts(figures: Path, results: Path, headline: str) -> dict[str, Any]:
         "at_large_share": {kind: gain["median"] for kind, gain in at_largest.items()},
         "rows_over_gradients": few_tokens["rows_over_gradients"],
         "few_tokens": rows_of(few_tokens)["scmoe_pos2"].train_speedup,
-        "few_tokens_page": FEW_TOKENS,
-        "one_page": one_sequence.NAME,
+        "few_tokens_page": FEW_ROWS_REPORT,
+        "one_page": one_sequence.SEQUENCE_PAGE,
         "one": gain_with_one_sequence(figures),
         "table": TABLE_3,
         **quality(results),
@@ -188,7 +191,11 @@ def gain_with_one_sequence(figures: Path) -> dict[str, Any]:
 
 def gains(report: Mapping[str, Any], over: str) -> list[dict[str, Any]]:
     """Return what each shortcut gains over other rows, in training and in inference."""
-    return [report["rows"][row][over][kind] for row in SHORTCUTS for kind in ("train", "forward")]
+    return [
+        report["rows"][row][over][kind]
+        for row in two_batches.SHORTCUT_ROWS
+        for kind in ("train", "forward")
+    ]
 
 
 def range_of(values: list[float]) -> tuple[float, float]:
@@ -199,7 +206,9 @@ def quality(results: Path) -> dict[str, Any]:
     """Return what the registered experiment says of Pos-2's loss minus that of each rival, and its
     tests by the rival's name: `tested`."""
     decision = read(results / REGISTERED / "results.json")["decision"]
-    tested = {name: decision["rows"][f"{POS2} minus {row}"] for name, row in RIVALS.items()}
+    tested = {
+        name: decision["rows"][f"{POS2} minus {row}"] for name, row in REGISTERED_RIVALS.items()
+    }
     return {
         "registered_page": REGISTERED,
         "registered_seeds": decision["reached"][-1],

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FOLDER = Path("docs/figures")
+REPORTS_FOLDER = Path("docs/figures")
 ITERATION_ROWS = "--rows top2 shared_expert scmoe_pos2 scmoe_pos3"
 RIVALS_OF_POS2 = "--rows top2 top2_two shared_expert shared_expert_two scmoe_pos2 scmoe_pos2_two"
 RIVALS = f"{RIVALS_OF_POS2} scmoe_pos3"
@@ -19,11 +19,11 @@ RIVALS_OF_ONE_SEQUENCE = (
     "--rows top2 top2_pipelined shared_expert shared_expert_pipelined scmoe_pos2 scmoe_pos3"
 )
 UNEVEN_ROWS = "--rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3"
-PAIR = "overlap --share 0.52"
-REAL_ITERATION = f"{PAIR} --compute real --level iteration {ITERATION_ROWS}"
-EMULATED_ITERATION = f"{PAIR} --level iteration {ITERATION_ROWS}"
+PAIR_BENCH = "overlap --share 0.52"
+REAL_ITERATION = f"{PAIR_BENCH} --compute real --level iteration {ITERATION_ROWS}"
+EMULATED_ITERATION = f"{PAIR_BENCH} --level iteration {ITERATION_ROWS}"
 HOT = "--load hot_rank:1.7"
-RECORDED = f"--load recorded:{FOLDER}/routing-table3-top2.safetensors"
+RECORDED = f"--load recorded:{REPORTS_FOLDER}/routing-table3-top2.safetensors"
 
 
 class Report(NamedTuple):
@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
     @property
     def path(self) -> Path:
-        return FOLDER / f"{self.name}.json"
+        return REPORTS_FOLDER / f"{self.name}.json"
 
     @property
     def command(self) -> list[str]:
@@ -44,7 +44,7 @@ class Report(NamedTuple):
 
 
 REPORTS = (
-    Report("overlap-real-block-2-ranks-share-0.52", f"{PAIR} --compute real", 10),
+    Report("overlap-real-block-2-ranks-share-0.52", f"{PAIR_BENCH} --compute real", 10),
     Report(
         "overlap-real-block-2-ranks-share-0.15",
         "overlap --share 0.15 --compute real --rounds 15",
@@ -53,7 +53,7 @@ REPORTS = (
     Report("overlap-real-iteration-2-ranks-share-0.52", f"{REAL_ITERATION} --rounds 15", 12),
     Report(
         "overlap-real-iteration-2-ranks-share-0.52-layers-8",
-        f"{PAIR} --compute real --level iteration --layers 8 {RIVALS}",
+        f"{PAIR_BENCH} --compute real --level iteration --layers 8 {RIVALS}",
         40,
     ),
     Report(
@@ -73,10 +73,10 @@ REPORTS = (
     ),
     Report(
         "overlap-emulated-iteration-4-ranks-share-0.52",
-        f"{PAIR} --level iteration --attention-ms 90 --ranks 4 --tries 4 --rounds 5 {RIVALS}",
+        f"{PAIR_BENCH} --level iteration --attention-ms 90 --ranks 4 --tries 4 --rounds 5 {RIVALS}",
         15,
     ),
-    Report("overlap-emulated-block-2-ranks-share-0.52", PAIR, 9),
+    Report("overlap-emulated-block-2-ranks-share-0.52", PAIR_BENCH, 9),
     Report(
         "overlap-emulated-block-2-ranks-share-0.35", "overlap --share 0.35 --attention-ms 60", 11
     ),
@@ -100,7 +100,8 @@ REPORTS = (
     *(
         Report(
             f"two-batches/overlap-real-iteration-2-ranks-share-0.52-tokens-{tokens}",
-            f"{PAIR} --compute real --level iteration --seq-len 128 --tokens {tokens} --tries 4"
+            f"{PAIR_BENCH} --compute real --level iteration --seq-len 128 --tokens {tokens}"
+            " --tries 4"
             f" --rounds {rounds} {RIVALS_OF_POS2}",
             minutes,
         )
@@ -109,7 +110,7 @@ REPORTS = (
     *(
         Report(
             f"one-sequence/overlap-real-iteration-2-ranks-share-0.52-tokens-{tokens}-layers-8",
-            f"{PAIR} --compute real --level iteration --layers 8 --tokens {tokens}"
+            f"{PAIR_BENCH} --compute real --level iteration --layers 8 --tokens {tokens}"
             f" --seq-len {tokens} --tries 8 --rounds {rounds} {RIVALS_OF_ONE_SEQUENCE}",
             minutes,
         )
@@ -122,16 +123,18 @@ REPORTS = (
     ),
     Report("inference-2-ranks-share-0.52", "inference --share 0.52", 4),
     # Uneven routing: all loads of a report are measured in the same rounds, beside balanced ones.
-    Report("uneven-emulated-block-2-ranks-share-0.52-hot_rank", f"{PAIR} {HOT} --rounds 5", 16),
+    Report(
+        "uneven-emulated-block-2-ranks-share-0.52-hot_rank", f"{PAIR_BENCH} {HOT} --rounds 5", 16
+    ),
     Report(
         "uneven-emulated-block-2-ranks-share-0.52-layers-4-hot_rank",
-        f"{PAIR} --layers 4 --load hot_rank:1.3 {HOT} --rounds 5 --tries 4"
+        f"{PAIR_BENCH} --layers 4 --load hot_rank:1.3 {HOT} --rounds 5 --tries 4"
         " --rows top2 top2_two shared_expert_two scmoe_pos2 scmoe_pos2_two",
         13,
     ),
     Report(
         "uneven-emulated-block-2-ranks-share-0.52-hot_rank-recorded",
-        f"{PAIR} {HOT} {RECORDED} {UNEVEN_ROWS}",
+        f"{PAIR_BENCH} {HOT} {RECORDED} {UNEVEN_ROWS}",
         13,
     ),
     Report(
@@ -146,7 +149,7 @@ REPORTS = (
     ),
     Report(
         "uneven-real-block-2-ranks-share-0.52-hot_rank-recorded",
-        f"{PAIR} --compute real --load hot_rank:1.3 {HOT} --load hot_rank:2 {RECORDED}"
+        f"{PAIR_BENCH} --compute real --load hot_rank:1.3 {HOT} --load hot_rank:2 {RECORDED}"
         f" {UNEVEN_ROWS}",
         25,
     ),

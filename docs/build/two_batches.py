@@ -16,15 +16,15 @@ from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, chart, heading
 from scmoe.predict.row_names import architecture_of, batches_of, name_of, way_of_row
 from scmoe.report import Report
 
-NAME = "two-batches"  # of the page, of its picture, and of the folder of its reports
-COLORS = {"top2": GREEN, "shared_expert": PURPLE, "scmoe_pos2": BLUE, "scmoe_pos3": RED}
-SHORTCUTS = ("scmoe_pos2", "scmoe_pos3")
+BATCHES_PAGE = "two-batches"  # of the page, of its picture, and of the folder of its reports
+ROW_COLORS = {"top2": GREEN, "shared_expert": PURPLE, "scmoe_pos2": BLUE, "scmoe_pos3": RED}
+SHORTCUT_ROWS = ("scmoe_pos2", "scmoe_pos3")
 OVER = {
     "over_best_without_another_model": "over top-2's best",
     "over_best_without_shortcut": "over the best without a shortcut",
 }
-TOKENS = 3072  # of a rank in the reports that are compared by their share
-BLOCKS = 4  # of most reports
+COMPARED_TOKENS = 3072  # of a rank in the reports that are compared by their share
+USUAL_BLOCKS = 4  # of most reports
 ORDER: tuple[Kind, ...] = ("train", "forward")  # of panels and of the numbers in a cell
 LIMITS = {  # in training a limit counts what a link must carry: gradients, and of top-2 two rows
     "top2": "Limit of Standard top-2",
@@ -55,7 +55,7 @@ class Group:
 def read_reports(figures: Path, headline: str) -> list[OverlapReport]:
     """Return the reports by their share of communication. figures: a folder. headline: the name of
     the report that the README shows."""
-    paths = [*(figures / NAME).glob("*.json"), figures / f"{headline}.json"]
+    paths = [*(figures / BATCHES_PAGE).glob("*.json"), figures / f"{headline}.json"]
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return sorted(reports, key=lambda report: report["comm_share"])
 
@@ -66,9 +66,10 @@ def groups_of(reports: Sequence[OverlapReport]) -> list[Group]:
     by_share = Group(
         "comm_share",
         "share of communication",
-        f"Iterations of {TOKENS:,} tokens a rank, by the share of communication. {SPEEDUPS}",
+        f"Iterations of {COMPARED_TOKENS:,} tokens a rank, by the share of communication."
+        f" {SPEEDUPS}",
         "share {comm_share:.2f}, {layers} blocks",
-        [report for report in reports if report["tokens"] == TOKENS],
+        [report for report in reports if report["tokens"] == COMPARED_TOKENS],
     )
     by_tokens = Group(
         "tokens",
@@ -76,7 +77,7 @@ def groups_of(reports: Sequence[OverlapReport]) -> list[Group]:
         "Iterations of four blocks by the tokens of a rank, in sequences of 128.",
         "{tokens:,} tokens, share {comm_share:.2f}",
         sorted(
-            (report for report in reports if report["tokens"] != TOKENS),
+            (report for report in reports if report["tokens"] != COMPARED_TOKENS),
             key=lambda report: report["tokens"],
         ),
     )
@@ -110,7 +111,7 @@ def cells_of(report: OverlapReport) -> dict[str, str]:
     for row, words in LIMITS.items():
         limits = [limit(report, row, kind) for kind in ORDER]
         cells[words] = "; ".join(f"{value:.2f}" for value in limits)
-    for row in (row for row in SHORTCUTS if row in rows):
+    for row in (row for row in SHORTCUT_ROWS if row in rows):
         for comparison, words in OVER.items():
             gain = getattr(rows[row], comparison)
             texts = [
@@ -160,7 +161,7 @@ def draw_group(axis: Any, group: Group, kind: Kind) -> None:
             group,
             partial(speedup, row=row, kind=kind),
             name_of(row) + (", two batches" if halves else ""),
-            color=COLORS[architecture_of(row)],
+            color=ROW_COLORS[architecture_of(row)],
             linestyle="--" if halves else "-",
             marker="o",
             markersize=4,
@@ -196,9 +197,9 @@ def draw_line(
 ) -> None:
     """Draw a value of the reports. Reports of another number of blocks are points off the line."""
     for report in group.reports:
-        if report["layers"] != BLOCKS:
+        if report["layers"] != USUAL_BLOCKS:
             axis.plot(report[group.quantity], value(report), **style)
-    joined = [report for report in group.reports if report["layers"] == BLOCKS]
+    joined = [report for report in group.reports if report["layers"] == USUAL_BLOCKS]
     places = [report[group.quantity] for report in joined]
     axis.plot(places, [value(report) for report in joined], label=label, **style)
 
@@ -208,5 +209,5 @@ def tick(group: Group, report: OverlapReport) -> str:
     the usual one."""
     if group.quantity == "tokens":
         return f"{report['tokens']:,}"
-    blocks = "" if report["layers"] == BLOCKS else f"\n{report['layers']} blocks"
+    blocks = "" if report["layers"] == USUAL_BLOCKS else f"\n{report['layers']} blocks"
     return f"{report['comm_share']:.2f}{blocks}"

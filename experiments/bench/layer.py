@@ -41,7 +41,7 @@ from scmoe.training.run.machine import keep_freed_memory
 Made = tuple[nn.Module, Tensor]  # a module and its input
 WARM_UP_ROUNDS, WARM_UP_ON_DEVICE = 2, 3  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds
-TOP_K = 2  # on a device
+TOP_K_ON_DEVICE = 2  # on a device
 NO_ACTIVATION = Activation(
     lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da)
 )
@@ -299,19 +299,23 @@ def measure(
         return random_weights(module.to(dtype), device)
 
     def products(mlps: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
-        rows = torch.randn(tokens * TOP_K, dim, device=device, dtype=dtype, requires_grad=True)
+        rows = torch.randn(
+            tokens * TOP_K_ON_DEVICE, dim, device=device, dtype=dtype, requires_grad=True
+        )
         return ExpertProducts(experts(), mlps, counts_E), rows
 
     def layer(module: Experts, capacity_factor: float | None, balanced: bool) -> Made:
-        deal = round_robin(num_experts, TOP_K) if balanced else None
-        router = random_weights(Router(dim, num_experts, TOP_K, deal=deal).to(dtype), device)
+        deal = round_robin(num_experts, TOP_K_ON_DEVICE) if balanced else None
+        router = random_weights(
+            Router(dim, num_experts, TOP_K_ON_DEVICE, deal=deal).to(dtype), device
+        )
         return MoEStream(router, module, LocalDispatcher(), choose_rows(capacity_factor)), x()
 
     def mixtral(implementation: str) -> Made:
-        block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)
+        block = mixtral_block(dim, narrow, num_experts, TOP_K_ON_DEVICE, implementation)
         return random_weights(block.to(dtype), device), x()
 
-    each = torch.full((num_experts,), tokens * TOP_K // num_experts, device=device)
+    each = torch.full((num_experts,), tokens * TOP_K_ON_DEVICE // num_experts, device=device)
     variants: dict[str, Callable[[], Made]] = {
         "products, batched": lambda: products(batched_mlps, None),
         "products, grouped": lambda: products(grouped_mlps, each),
@@ -320,7 +324,12 @@ def measure(
         "layer, dropless, SwiGLU": lambda: layer(experts("swiglu", narrow), None, balanced=False),
     }
     over = {"layer, fixed capacity": "products, batched", "layer, dropless": "products, grouped"}
-    sizes: dict[str, Any] = {"tokens": tokens, "top_k": TOP_K, "dim": dim, "ffn_dim": ffn_dim}
+    sizes: dict[str, Any] = {
+        "tokens": tokens,
+        "top_k": TOP_K_ON_DEVICE,
+        "dim": dim,
+        "ffn_dim": ffn_dim,
+    }
     if find_spec("transformers") is None:
         sizes["transformers"] = "not compared: transformers is missing"
     else:

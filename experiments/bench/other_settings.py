@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter, validators
 
 from experiments.bench.setting import (
-    EXPERTS,
     FILLED,
     NO_OPTION,
+    NUM_EXPERTS,
     Compute,
     Filled,
     Loads,
@@ -201,7 +201,7 @@ class OffloadSetting:
     dim: Filled[Annotated[int, NO_OPTION]] = FILLED
     ffn_dim: Filled[Annotated[int, NO_OPTION]] = FILLED
     heads: Filled[Annotated[int, NO_OPTION]] = FILLED
-    num_experts: Annotated[int, NO_OPTION] = EXPERTS
+    num_experts: Annotated[int, NO_OPTION] = NUM_EXPERTS
     pairs: Filled[Annotated[int, NO_OPTION]] = FILLED
     costs: Annotated[tuple[float, ...], NO_OPTION] = (0.8, 2.4)
     max_wait: Filled[Annotated[float, NO_OPTION]] = FILLED

@@ -8,7 +8,9 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 Kind = Literal["forward", "train"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Figures = TypeVar("Figures")
-BESIDE = {"beside": True}  # of a field whose figures stand in a report beside those of its row
+BESIDE_ITS_ROW = {
+    "beside": True
+}  # of a field whose figures stand in a report beside those of its row
 
 
 def to_json(value: Any) -> Any:
@@ -25,7 +27,7 @@ def to_json(value: Any) -> Any:
         figures = getattr(value, each.name)
         if figures is None:
             continue
-        if each.metadata == BESIDE:
+        if each.metadata == BESIDE_ITS_ROW:
             content |= to_json(figures)
         else:
             content[each.name] = to_json(figures)
@@ -42,7 +44,7 @@ def from_json(kind: type[Figures], content: Mapping[str, Any]) -> Figures:
     types = get_type_hints(kind)
     values: dict[str, Any] = {}
     for each in fields(kind):
-        if each.metadata == BESIDE:
+        if each.metadata == BESIDE_ITS_ROW:
             part = part_of(types[each.name])
             if fields(part)[0].name in content:
                 values[each.name] = from_json(part, content)
@@ -131,7 +133,7 @@ class Row:
     auto_of_both: dict[str, Any] | None = None
     over_best_without_another_model: dict[str, Any] | None = None
     over_best_without_shortcut: dict[str, Any] | None = None
-    at_load: LoadFigures | None = field(default=None, metadata=BESIDE)
+    at_load: LoadFigures | None = field(default=None, metadata=BESIDE_ITS_ROW)
 
     @property
     def place(self) -> str:

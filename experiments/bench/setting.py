@@ -34,7 +34,7 @@ else:
 PAIR_TOKENS = 1024  # of a rank in one batch, of one pair
 # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
 USUAL_RATIO = 3.0
-EXPERTS = 8
+NUM_EXPERTS = 8
 
 
 def fill(setting: Any, **usual: Any) -> None:
@@ -100,7 +100,7 @@ class Setting:
     ffn_dim: Filled[Count] = FILLED
     heads: Filled[Count] = FILLED
     head_dim: Annotated[int | None, NO_OPTION] = None
-    num_experts: Count = EXPERTS
+    num_experts: Count = NUM_EXPERTS
     top_k: Count = 1
     tokens: Filled[Count] = FILLED
     seq_len: Count = 256
@@ -247,7 +247,7 @@ def pair_setting(config: Config, share: float, ranks: int, tokens: int) -> Setti
 
 def check_ranks(ranks: int) -> None:
     """Raise ConfigError for a number of ranks that cannot share the usual number of experts."""
-    if ranks < 2 or EXPERTS % ranks:
+    if ranks < 2 or NUM_EXPERTS % ranks:
         raise ConfigError(
-            f"--ranks is {ranks}, allowed: divisors of the {EXPERTS} experts from 2 on"
+            f"--ranks is {ranks}, allowed: divisors of the {NUM_EXPERTS} experts from 2 on"
         )

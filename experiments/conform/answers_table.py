@@ -8,17 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.conform.libraries import LIBRARIES, RESULTS
-from scmoe.conform.questions import NAMES
+from experiments.conform.libraries import ANSWERS_FOLDER, LIBRARIES
+from scmoe.conform.questions import QUESTION_NAMES
 from scmoe.report import markdown_table
 
-SHORT = {"passed": "yes", "not asked": "–", "crashed": "**crash**", "timed out": "**hangs**"}
-GOOD = {SHORT["passed"], SHORT["not asked"]}
+CELL_WORDS = {"passed": "yes", "not asked": "–", "crashed": "**crash**", "timed out": "**hangs**"}
+GOOD = {CELL_WORDS["passed"], CELL_WORDS["not asked"]}
 
 
 def results() -> dict[str, dict[str, Any]]:
     """Return the reports in the order of the columns."""
-    paths = {name: Path(RESULTS, f"{name}.json") for name in LIBRARIES}
+    paths = {name: Path(ANSWERS_FOLDER, f"{name}.json") for name in LIBRARIES}
     return {
         name: json.loads(path.read_text(encoding="utf-8"))
         for name, path in paths.items()
@@ -30,7 +30,9 @@ def table_lines() -> list[str]:
     """Return the lines of the table, in Markdown, and the questions without a failure: those that
     libraries answered, those that only scmoe's layers did, and those that none did."""
     reports = results().values()
-    rows = [[name, *(cell(report["questions"][name]) for report in reports)] for name in NAMES]
+    rows = [
+        [name, *(cell(report["questions"][name]) for report in reports)] for name in QUESTION_NAMES
+    ]
     failed = [row for row in rows if not GOOD.issuperset(row[1:])]
     table = markdown_table(["", *(report["title"] for report in reports)], failed)
     asked: dict[str, list[str]] = {"others": [], "scmoe": [], "none": []}
@@ -40,7 +42,7 @@ def table_lines() -> list[str]:
         who = {
             "scmoe" if report["title"].startswith("scmoe") else "others"
             for report, answer in zip(reports, cells, strict=True)
-            if answer == SHORT["passed"]
+            if answer == CELL_WORDS["passed"]
         }
         asked["others" if "others" in who else "scmoe" if who else "none"].append(name)
     words = {
@@ -61,7 +63,7 @@ def cell(of_places: dict[str, dict[str, Any]]) -> str:
             return "**no**" if entry["ratio"] is None else f"**no**, {entry['ratio']:.3g}"
     for answer in ("crashed", "timed out", "passed", "not asked"):
         if any(entry["answer"] == answer for entry in entries):
-            return SHORT[answer]
+            return CELL_WORDS[answer]
     raise AssertionError("a question has an answer on each number of ranks")
 
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from scmoe.config.installation import CHECKOUT
 from scmoe.report import say, write_json
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs/results/conform"
+ANSWERS_FOLDER = CHECKOUT / "docs/results/conform"
 TORCH = "torch==2.13.0"
 BUILD = ("setuptools", "wheel", "numpy", "ninja")  # DeepSpeed has no wheel
 ACCELERATE = "accelerate==1.15.0"
 TENSOR_PARALLEL = "experiments/conform/transformers_tp.py"
-OWN = "docs/examples/conform"
+EXAMPLE_LAYERS = "docs/examples/conform"
 SLOWEST_S = 1800.0  # of one library
 
 
@@ -38,12 +38,12 @@ class Library:
 
 
 LIBRARIES = {
-    "own": Library("scmoe, plain torch", f"{OWN}/own.py:make", dtype="float64"),
+    "own": Library("scmoe, plain torch", f"{EXAMPLE_LAYERS}/own.py:make", dtype="float64"),
     "own-replicated": Library(
-        "scmoe, Strategy, replicated", f"{OWN}/strategy.py:replicated", dtype="float64"
+        "scmoe, Strategy, replicated", f"{EXAMPLE_LAYERS}/strategy.py:replicated", dtype="float64"
     ),
     "own-sharded": Library(
-        "scmoe, Strategy, sharded", f"{OWN}/strategy.py:sharded", dtype="float64"
+        "scmoe, Strategy, sharded", f"{EXAMPLE_LAYERS}/strategy.py:sharded", dtype="float64"
     ),
     "transformers-5.16.0-batched": Library(
         "transformers 5.16.0, batched_mm",
@@ -90,7 +90,7 @@ def python_of(library: Library, folder: Path) -> str:
         venv.create(environment, with_pip=True)
         install = [str(python), "-m", "pip", "install", "--quiet", TORCH]
         subprocess.run([*install, *BUILD], check=True)
-        packages = ["--no-build-isolation", "--editable", str(ROOT), *library.packages]
+        packages = ["--no-build-isolation", "--editable", str(CHECKOUT), *library.packages]
         subprocess.run([*install, *packages], check=True)
     return str(python)
 
@@ -98,7 +98,9 @@ def python_of(library: Library, folder: Path) -> str:
 def ask(library: Library, python: str) -> dict[str, object]:
     """Return what `scmoe conform` answers, without the scripts that show a failure."""
     command = [python, "-m", "scmoe", "conform", library.layer, "--dtype", library.dtype]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=SLOWEST_S)
+    done = subprocess.run(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, timeout=SLOWEST_S
+    )
     report = json.loads(done.stdout.splitlines()[-1])
     del report["reproducers"]
     day = datetime.now(UTC).date().isoformat()
@@ -109,7 +111,7 @@ def main(folder: str, *names: str) -> None:
     for name in names or LIBRARIES:
         library = LIBRARIES[name]
         say(f"{library.title}")
-        write_json(RESULTS / f"{name}.json", ask(library, python_of(library, Path(folder))))
+        write_json(ANSWERS_FOLDER / f"{name}.json", ask(library, python_of(library, Path(folder))))
 
 
 if __name__ == "__main__":

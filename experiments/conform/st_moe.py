@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scmoe.conform.adapter import RATE, Adapter, ByExpert, ByName, Group, NotAsked, Packed, Read
 from scmoe.conform.plain import DIM, EXPERTS, TOP_K, Weights
 
-NAMES = {"net.0.weight": Packed("up", "gate"), "net.2.weight": Packed("down")}
+ST_MOE_WEIGHTS = {"net.0.weight": Packed("up", "gate"), "net.2.weight": Packed("down")}
 WIDTH_RATIO = 2.25  # 24 hidden features of 16
 
 
@@ -44,7 +44,7 @@ def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
         layer.projection.weight.copy_(weights.projection)
         layer.moe.gate.to_gates.weight.copy_(weights.router)
         for i, expert in enumerate(all_experts):
-            for name, stored in NAMES.items():
+            for name, stored in ST_MOE_WEIGHTS.items():
                 expert.get_parameter(name).copy_(stored.join(weights.experts[i]))
     model = DistributedDataParallel(layer, find_unused_parameters=True)
     optimizer = torch.optim.SGD(model.parameters(), RATE)
@@ -68,5 +68,5 @@ def make(group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
         no_sync=model.no_sync,
         step=step,
         freeze=lambda: all_experts.requires_grad_(False),
-        names=NAMES,
+        names=ST_MOE_WEIGHTS,
     )

@@ -8,7 +8,7 @@ from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, he
 from scmoe.schedule.play import BEFORE, TRANSFERS, Span, elapsed
 from scmoe.schedule.schedule import ATTENTION_PARTS
 
-COLORS = {
+OPERATOR_COLORS = {
     "attention": BLUE,
     "mlp": SKY,
     "shared_expert": GREEN,
@@ -49,7 +49,7 @@ def draw(
             for span in spans:
                 row, length = -(3 * i + (1 if span.is_transfer else 0)), span.end - span.start
                 whole = "attention" if span.operator in ATTENTION_PARTS else span.operator
-                color = COLORS.get(whole, OTHER)
+                color = OPERATOR_COLORS.get(whole, OTHER)
                 axis.barh(row, length, left=span.start, height=0.9, color=color, edgecolor="white")
                 if span.operator in named:
                     x, ink = (span.start + span.end) / 2, "white" if color in DARK else "black"
@@ -72,7 +72,7 @@ def draw(
         axis.set_yticks(ticks, ["compute", "All-to-All"] * len(timelines))
         axis.set(ylim=(-3 * len(timelines) + 1.3, 1.6), xlim=(0, end * 1.1), xlabel=unit)
         heading(figure, words)
-        colors = COLORS | {"route, encode, decode": OTHER}
+        colors = OPERATOR_COLORS | {"route, encode, decode": OTHER}
         handles = [
             axis.barh(0, 0, color=color, label=name.replace("_", " "))
             for name, color in colors.items()

@@ -20,7 +20,7 @@ from scmoe.training.callbacks.representation_charts import depth_axis
 from scmoe.training.run.from_python import train_from_python
 
 CONFIG = "configs/experiment/gradients.yaml"
-ROWS = {
+GRADIENT_ROWS = {
     "Standard top-2": ("moe.architecture=top_k", "moe.top_k=2"),
     "Shared expert": ("moe.architecture=shared_expert",),
     "ScMoE Pos-1": ("moe.position=pos1",),
@@ -34,9 +34,9 @@ BEHIND_FIRST_BLOCK = 2  # the number of representations before: the input, the f
 def measure_gradients(out: Path) -> dict[str, Any]:
     """Train every row with every seed, print a table, and write chart and figures into the folder
     `out`. Return the report."""
-    rows: dict[str, list[Any]] = {row: [] for row in ROWS}
+    rows: dict[str, list[Any]] = {row: [] for row in GRADIENT_ROWS}
     for seed in SEEDS:
-        for row, words in ROWS.items():
+        for row, words in GRADIENT_ROWS.items():
             say(f"{row}, seed {seed}")
             run = train_from_python(
                 load_config(CONFIG, [*words, f"seed={seed}", f"runs_dir={out}/runs"])

@@ -29,7 +29,7 @@ from experiments.bench.speed_chart import KIND_WORDS, conditions, speed_bars
 from experiments.engine.bars import bar_legend, bars_height, grouped_bars
 from experiments.figures.unmeasured import pair, timelines
 from scmoe.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
-from scmoe.config.derived import SHORTCUTS
+from scmoe.config.derived import SHORTCUT_SCHEDULES
 from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.predict.row_names import PIPELINED, name_of
@@ -305,7 +305,9 @@ def run_title(number: int, config: Mapping[str, str]) -> str:
     """Return the title of a figure of a run: its model as the paper would name it, and its data."""
     architecture, family = config["moe.architecture"], config["model.family"].upper()
     position = (
-        f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in SHORTCUTS else ""
+        f" ({config['moe.position'].replace('pos', 'Pos-')})"
+        if architecture in SHORTCUT_SCHEDULES
+        else ""
     )
     words = ARCHITECTURE_WORDS.get(architecture, architecture)
     name = words.replace("{moe.top_k}", config["moe.top_k"]) + position

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from experiments.engine.gantt import COLORS, DARK, draw, with_sublayers
+from experiments.engine.gantt import DARK, OPERATOR_COLORS, draw, with_sublayers
 from scmoe.charts import PAPER, SMALL, chart
 from scmoe.schedule.cost import OperatorTimes, best_schedule
 from scmoe.schedule.cost import slots as all_slots
@@ -108,7 +108,7 @@ def box(
 ) -> None:
     """Draw a box around the height y, with words in it. color: None is that of the operator of this
     name."""
-    color = color or COLORS.get(words.lower().replace("\n", "_"), PAPER)
+    color = color or OPERATOR_COLORS.get(words.lower().replace("\n", "_"), PAPER)
     ink = "white" if color in (*DARK, PAPER) else "black"
     axis.add_patch(
         FancyBboxPatch((left, y - 0.55), width, 1.1, boxstyle="round,pad=0.1", color=color)

@@ -26,7 +26,7 @@ from scmoe.report import Report, say
 LEVEL = 0.9
 FP8_TIMES = 1.7  # products in 8 bits over those in 16: twice the peak, of which less is attained
 ONCE_A_NODE = ("deepep", "hybridep")
-KINDS = ("overlap", "ep", "micro_batch")  # of which there are several cells
+REPEATED_KINDS = ("overlap", "ep", "micro_batch")  # of which there are several cells
 WITHOUT_FACTS = ("titan-16b",)  # batch and length are not printed
 
 
@@ -189,7 +189,7 @@ def predicted_cells(path: Path) -> Iterator[OtherCell]:
     for cell in cells:
         names = cell["slow"], cell["fast"]
         without_facts = any(runs[name].get("setup") in WITHOUT_FACTS for name in names)
-        if without_facts or cell["kind"] not in KINDS:
+        if without_facts or cell["kind"] not in REPEATED_KINDS:
             continue
         for name in names:
             if name not in steps:

@@ -12,7 +12,7 @@ ITERATION = (
 )
 LOAD_ROWS = "--rows top2 shared_expert scmoe_pos2 scmoe_pos2_pipelined scmoe_pos3"
 TWO_ROWS = "--rows top2 shared_expert scmoe_pos2 top2_two shared_expert_two scmoe_pos2_two"
-OUT = "--out docs/figures/testbed"
+TESTBED_OUT = "--out docs/figures/testbed"
 
 
 class Bound(NamedTuple):
@@ -33,7 +33,7 @@ class Check:
 
     @property
     def commands(self) -> list[str]:
-        return [f"scmoe bench {words} {OUT}" for words in self.benches]
+        return [f"scmoe bench {words} {TESTBED_OUT}" for words in self.benches]
 
 
 EMULATED_SHARE = Check(

@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from experiments.tables.table_page import Results, value_format, without_speed
 from scmoe.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
 
-OURS, SEED = BLUE, SKY
-SCALE_COLORS = (PAPER, ORANGE, OURS, GREEN)
+OUR_COLOR, SEED_COLOR = BLUE, SKY
+SCALE_COLORS = (PAPER, ORANGE, OUR_COLOR, GREEN)
 SHORT_NAME = 17  # letters that fit beside a chart on one line
 BEYOND = 1.6  # the axis reaches this many times as far as any seed
 
@@ -56,8 +56,10 @@ def draw_answers(results: Results, path: Path) -> None:
         for height, tested in _from_the_top(list(pairs.values())).items():
             if tested["n"]:
                 low, high = tested["interval"]
-                axis.hlines(height, low, high, color=OURS, linewidth=2, label="interval of TOST")
-                axis.plot(tested["difference"], height, "D", color=OURS, label="mean")
+                axis.hlines(
+                    height, low, high, color=OUR_COLOR, linewidth=2, label="interval of TOST"
+                )
+                axis.plot(tested["difference"], height, "D", color=OUR_COLOR, label="mean")
                 text = f"{signed.format(tested['difference'])}: {tested['answer']}"
                 _label(axis, text, tested["difference"], height)
         names = [pair.replace(" minus ", "\nminus ") for pair in pairs]
@@ -87,8 +89,10 @@ def _draw_ours(axis: Axes, differences: Mapping[int, Results], signed: str) -> N
     for height, minus in differences.items():
         if minus["mean"] is not None:
             seeds = list(minus["by_seed"].values())
-            _draw_mean(axis, minus, height, OURS, "mean", "interval of the mean")
-            axis.plot(seeds, [height] * len(seeds), "o", color=SEED, markersize=4, label="one seed")
+            _draw_mean(axis, minus, height, OUR_COLOR, "mean", "interval of the mean")
+            axis.plot(
+                seeds, [height] * len(seeds), "o", color=SEED_COLOR, markersize=4, label="one seed"
+            )
             _label(axis, signed.format(minus["mean"]), minus["mean"], height)
     edge = BEYOND * max(
         (abs(x) for minus in differences.values() for x in minus["by_seed"].values()), default=0.0
@@ -98,7 +102,7 @@ def _draw_ours(axis: Axes, differences: Mapping[int, Results], signed: str) -> N
     for height, minus in differences.items():
         for end, x, marker in ((minus["low"], -edge, "<"), (minus["high"], edge, ">")):
             if end is not None and abs(end) > edge:
-                axis.plot(x, height, marker, color=OURS, markersize=7, clip_on=False)
+                axis.plot(x, height, marker, color=OUR_COLOR, markersize=7, clip_on=False)
 
 
 def _draw_mean(

@@ -23,7 +23,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED, find, parse_yaml
 from scmoe.sweeps.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
 
-FOLDER = SHIPPED / "experiment"
+TABLES_FOLDER = SHIPPED / "experiment"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class TableOptions:
     to: Path | None = None
 
 
-def table_names(root: Path = FOLDER) -> list[str]:
+def table_names(root: Path = TABLES_FOLDER) -> list[str]:
     """Return the names of all tables."""
     return sorted(path.parent.name for path in root.glob("*/table.yaml"))
 
@@ -156,7 +156,9 @@ def load_table(name: str, root: Path | None = None) -> PaperTable:
     """
     path = root / name / "table.yaml" if root else find(f"configs/experiment/{name}/table.yaml")
     if not path.is_file():
-        raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root or FOLDER))}")
+        raise ConfigError(
+            f"table is {name!r}, allowed: {', '.join(table_names(root or TABLES_FOLDER))}"
+        )
     try:
         return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
     # ConfigError, or a text that is not UTF-8, or a quotation without its end

@@ -35,7 +35,7 @@ from scmoe.sweeps.checks import is_number
 from scmoe.sweeps.jobs import State, StudyJob, config_digest
 
 # keys in which rows may differ
-OWN = ("model.", "moe.", "schedule.", "optim.lr", "options", "name")
+KEYS_OF_A_ROW = ("model.", "moe.", "schedule.", "optim.lr", "options", "name")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +112,10 @@ def plan_runs(
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:
         for key, value in flatten(run.config).items():
-            if value != first[key] and not key.startswith(OWN):
+            if value != first[key] and not key.startswith(KEYS_OF_A_ROW):
                 raise ConfigError(
                     f"row {run.row.name!r} sets {key}, so it would not see the same training. Rows"
-                    f" may differ in {', '.join(OWN[:-1])}"
+                    f" may differ in {', '.join(KEYS_OF_A_ROW[:-1])}"
                 )
     return runs
 

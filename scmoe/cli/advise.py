@@ -25,7 +25,7 @@ CHOICES = {  # words with a set of values, the first one is the default
     "prefill": ("false", "true"),
     "top1": ("false", "true"),
 }
-STEPS = {"two_batches": "two batches", "shared_expert": "shared expert", "shortcut": "shortcut"}
+ADDED = {"two_batches": "two batches", "shared_expert": "shared expert", "shortcut": "shortcut"}
 COLUMNS = {
     "EP": "{ep}",
     "runs as": "{way}",
@@ -312,7 +312,7 @@ def show(facts: Mapping[str, Any]) -> None:
     )
     rows = {name: {**row, **in_words(row)} for name, row in facts["rows"].items()}
     Report(title, rows, COLUMNS, "row").show()
-    verdict = {STEPS[name]: step for name, step in facts["verdict"].items()}
+    verdict = {ADDED[name]: step for name, step in facts["verdict"].items()}
     Report("Verdict", verdict, COLUMNS_OF_VERDICT, "what is added").show()
     for implied in facts["implied"]:
         values = ", ".join(f"{key} {value:.2g}" for key, value in implied.items())
@@ -356,7 +356,7 @@ def advise_each(config: str, words: Sequence[str], listed: str) -> None:
     facts = {value: asked.answer() for value, asked in each.items()}
     lines = {value: line_of(answer) for value, answer in facts.items()}
     columns = {"EP": "{ep}", "waits": "{waits:.0%}", "ms": "{step_ms:.4g}"}
-    for name, words_of_step in STEPS.items():
+    for name, words_of_step in ADDED.items():
         columns[words_of_step] = f"{{{name}}}"
     Report(
         f"{config}, by {key}: the standard model, and what each step brings", lines, columns, key
@@ -380,10 +380,10 @@ def draw(facts: Mapping[str, Mapping[str, Any]], key: str, words: str) -> None:
     """Draw the steps of some verdicts. words: the heading."""
     from scmoe.charts import BLUE, GREEN, ORANGE, chart, heading
 
-    colors = dict(zip(STEPS, (BLUE, ORANGE, GREEN), strict=True))
+    colors = dict(zip(ADDED, (BLUE, ORANGE, GREEN), strict=True))
     with chart(PICTURE, 4.2) as figure:
         axis = figure.subplots()
-        for number, (name, label) in enumerate(STEPS.items(), -1):
+        for number, (name, label) in enumerate(ADDED.items(), -1):
             xs = [x + 0.04 * number for x in range(len(facts))]  # whiskers stand side by side
             steps = [each["verdict"][name] for each in facts.values()]
             below = [step["value"] - step["interval"][0] for step in steps]

@@ -3,7 +3,7 @@ from typing import Literal
 from scmoe.command_line import Count
 from scmoe.config.leaves import ConfigError
 
-PRELOADED: list[str] = []  # modules that ranks need, beside those of the layer
+MODULES_OF_RANKS: list[str] = []  # modules that ranks need, beside those of the layer
 
 
 def main(
@@ -28,15 +28,17 @@ def main(
     """
     from scmoe.conform.exam import Exam, pools_of
     from scmoe.conform.outcome import as_json, has_failed, progress, show
-    from scmoe.conform.questions import NAMES
+    from scmoe.conform.questions import QUESTION_NAMES
     from scmoe.conform.source import check_source, libraries_of
     from scmoe.report import print_result
 
     check_source(layer)
-    if unknown := [name for name in questions if name not in NAMES]:
-        raise ConfigError(f"{unknown[0]!r} is no question. Choose from: {', '.join(NAMES)}.")
-    names = questions or tuple(NAMES)
-    pools = pools_of(ranks, [*PRELOADED, *libraries_of(layer)])
+    if unknown := [name for name in questions if name not in QUESTION_NAMES]:
+        raise ConfigError(
+            f"{unknown[0]!r} is no question. Choose from: {', '.join(QUESTION_NAMES)}."
+        )
+    names = questions or tuple(QUESTION_NAMES)
+    pools = pools_of(ranks, [*MODULES_OF_RANKS, *libraries_of(layer)])
     try:
         with progress(len(names) * len(ranks)) as advance:
             exam = Exam(layer, dtype, pools, ranks, names, float(limit_s), advance)

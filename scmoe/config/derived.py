@@ -10,7 +10,7 @@ from scmoe.config.fields import Config
 
 FAMILY_ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
 # Architectures with a tap, and those of their schedules.
-SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
+SHORTCUT_SCHEDULES = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
 
 def resolve_wiring(config: Config, architecture: str | None = None) -> Wiring:
@@ -18,7 +18,7 @@ def resolve_wiring(config: Config, architecture: str | None = None) -> Wiring:
     of the configuration."""
     moe = config.moe
     return Wiring(
-        architecture or SHORTCUTS.get(moe.architecture, moe.architecture),
+        architecture or SHORTCUT_SCHEDULES.get(moe.architecture, moe.architecture),
         moe.every,
         moe.position,
         moe.first_position,

@@ -25,7 +25,7 @@ EXTRAS = {  # extra: modules
     "eval": ("lm_eval",),
     "hf": ("transformers",),
 }
-CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"  # a wheel has none
+CHECKOUT = Path(__file__).parents[2]  # a folder with pyproject.toml, unless it is a wheel's
 
 
 def require(purpose: str, *modules: str) -> None:
@@ -47,7 +47,7 @@ def install_command(*modules: str) -> str:
     Without a checkout it names the extras' packages, since no package index has scmoe.
     """
     extras = sorted({extra for extra, members in EXTRAS.items() if {*members} & {*modules}})
-    if CHECKOUT.is_file():
+    if (CHECKOUT / "pyproject.toml").is_file():
         return f"pip install -e '.[{','.join(extras)}]'"
     try:
         stated = [line.partition("; extra == ") for line in requires("scmoe") or ()]

@@ -43,7 +43,7 @@ class Range(NamedTuple):
 
 COUNT = Range(1, 2**31 - 1)
 COUNT_OR_0 = Range(0, 2**31 - 1)
-DIM = Range(1, 2**17)
+DIM_RANGE = Range(1, 2**17)
 IDS = Range(1, 2**24)
 PIXELS = Range(1, 2**14)
 SHARE = Range(0, 1)

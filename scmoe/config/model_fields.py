@@ -3,19 +3,27 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from scmoe.config.leaves import ABOVE_0, BELOW_1, DIM, PIXELS, SHARE, WEIGHT, Range, option
+from scmoe.config.leaves import ABOVE_0, BELOW_1, DIM_RANGE, PIXELS, SHARE, WEIGHT, Range, option
 from scmoe.config.registry import ARCHITECTURES, FAMILIES, ROUTERS
 
 
 @dataclass(frozen=True)
 class LatentConfig:
-    q_rank: int | None = option(None, "rank of the queries' latent; null: queries have none", DIM)
-    kv_rank: int = option(512, "rank of the latent of keys and values, which generation keeps", DIM)
-    nope_dim: int = option(128, "features of a head's queries and keys without a position", DIM)
-    rope_dim: int = option(
-        64, "features of a head's queries, and of the one key of all heads, with a position", DIM
+    q_rank: int | None = option(
+        None, "rank of the queries' latent; null: queries have none", DIM_RANGE
     )
-    value_dim: int = option(128, "features of a head's values", DIM)
+    kv_rank: int = option(
+        512, "rank of the latent of keys and values, which generation keeps", DIM_RANGE
+    )
+    nope_dim: int = option(
+        128, "features of a head's queries and keys without a position", DIM_RANGE
+    )
+    rope_dim: int = option(
+        64,
+        "features of a head's queries, and of the one key of all heads, with a position",
+        DIM_RANGE,
+    )
+    value_dim: int = option(128, "features of a head's values", DIM_RANGE)
     scaled: bool = option(False, "multiply the latents by sqrt(dim / rank), as LongCat-Flash does")
     gated: bool = option(
         False, "multiply the heads' results by a sigmoid of the input, as Instella does"
@@ -36,25 +44,27 @@ class ModelConfig:
         Range(1, 1000),
     )
     dim: int = option(
-        256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", DIM
+        256,
+        "width of the residual stream (D). swin: that of stage 1; it doubles per stage",
+        DIM_RANGE,
     )
     heads: int = option(
         4,
         "attention heads; must divide dim if head_dim is null. swin: those of stage 1; they double"
         " per stage",
-        DIM,
+        DIM_RANGE,
     )
     attention: Literal["full", "latent"] = option(
         "full", "latent: multi-head latent attention, sizes in model.latent"
     )
     latent: LatentConfig = LatentConfig()
     kv_heads: int | None = option(
-        None, "heads of keys and values; must divide heads; null: same as heads", DIM
+        None, "heads of keys and values; must divide heads; null: same as heads", DIM_RANGE
     )
     head_dim: int | None = option(
-        None, "features of a head of full attention; null: dim / heads", DIM
+        None, "features of a head of full attention; null: dim / heads", DIM_RANGE
     )
-    ffn_dim: int | None = option(None, "hidden width of every MLP (F); null: 4 x dim", DIM)
+    ffn_dim: int | None = option(None, "hidden width of every MLP (F); null: 4 x dim", DIM_RANGE)
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(
         None,
         "activation in MLPs and experts; gelu_tanh: as in GPT-2; null: swiglu for llama, else gelu",
@@ -84,7 +94,9 @@ class MoEConfig:
     top_k: int = option(
         1, "routed experts per token (K); swin: those of stage 3; stage 4 uses 2", Range(1, 2**16)
     )
-    ffn_dim: int | None = option(None, "hidden width of a routed expert; null: model.ffn_dim", DIM)
+    ffn_dim: int | None = option(
+        None, "hidden width of a routed expert; null: model.ffn_dim", DIM_RANGE
+    )
     zero_experts: int = option(
         0,
         "further experts that return their input, for which nothing is sent or computed",

@@ -85,7 +85,7 @@ CALLBACKS = Registry("callback")
 # CONFIG. The configuration in a run, a checkpoint or an export may be another person's. It imports
 # nothing: `evaluate`, `generate`, `export`, `resume` and `scmoe.load` refuse its extensions unless
 # the command line names them again, or the user's own program has imported them.
-PLAIN = re.compile(r"[\w./+-]+")
+PLAIN_WORD = re.compile(r"[\w./+-]+")
 MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
@@ -140,7 +140,7 @@ def words(extensions: Sequence[str], callbacks: Mapping[str, Any]) -> list[str]:
 
 def _yaml(value: Any) -> str:
     """Return a value as YAML of one line, without quotes where it needs none."""
-    return value if isinstance(value, str) and PLAIN.fullmatch(value) else json.dumps(value)
+    return value if isinstance(value, str) and PLAIN_WORD.fullmatch(value) else json.dumps(value)
 
 
 def refuse_kept(names: Sequence[str], source: str) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from scmoe.config.derived import SHORTCUTS, resolve_ep_size, resolve_wiring
+from scmoe.config.derived import SHORTCUT_SCHEDULES, resolve_ep_size, resolve_wiring
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import two_batches, two_batches_in_training
 from scmoe.config.leaves import leaves
@@ -163,7 +163,7 @@ def _moe(config: Config) -> Refusals:
     if moe.architecture == "dgmoe_share" and others < 2 * moe.every:
         least = 2 * moe.every + len(moe.leading_dense)
         yield "model.layers", f"{least} or more, as {chosen} shares one MoE module"
-    if moe.architecture in SHORTCUTS and moe.every == 1:
+    if moe.architecture in SHORTCUT_SCHEDULES and moe.every == 1:
         yield from _shortcut_in_every_block(config)
     if moe.architecture == "farskip" and moe.every != 1:
         yield "moe.every", f"1, as {chosen} is a block with attention and an MoE module"

@@ -5,7 +5,7 @@ Each topic yields why nothing reads some fields, and their keys.
 
 from collections.abc import Iterator
 
-from scmoe.config.derived import SHORTCUTS, resolve_ep_size
+from scmoe.config.derived import SHORTCUT_SCHEDULES, resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import two_batches_unread
 from scmoe.config.leaves import flatten, leaves, plain
@@ -94,7 +94,7 @@ def _unread_of_wiring(config: Config) -> Unread:
     moe = config.moe
     wiring = f"moe.architecture={moe.architecture}"
     extension = moe.architecture not in ARCHITECTURES.built_in
-    no_tap = not extension and moe.architecture not in SHORTCUTS
+    no_tap = not extension and moe.architecture not in SHORTCUT_SCHEDULES
     if moe.architecture == "dense":
         yield f"{wiring} has no experts", OF_EXPERTS
     if extension:
@@ -107,7 +107,7 @@ def _unread_of_wiring(config: Config) -> Unread:
         yield f"{wiring} has no tap", ("moe.position",)
     if not extension and moe.architecture != "scmoe":
         yield f"{wiring} reads no tap there", ("moe.coefficient_input",)
-    if not extension and SHORTCUTS.get(moe.architecture) != "dgmoe":
+    if not extension and SHORTCUT_SCHEDULES.get(moe.architecture) != "dgmoe":
         yield f"{wiring} has one gate", ("moe.distinct_experts",)
     if moe.combine == "direct_add":
         yield "moe.combine=direct_add has no coefficients", ("moe.coefficient_input",)

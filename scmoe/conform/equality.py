@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scmoe.conform.plays import ROWS, Record
+from scmoe.conform.plays import ROWS_OF_BATCH, Record
 
 FIXED = {"float64": 1e-10, "float32": 1e-5}
 CLIPPED = 1e-5
@@ -60,7 +60,7 @@ def spread(first: Record, others: Sequence[Record]) -> dict[str, float]:
     largest: dict[str, float] = {}
     for record in others:
         for name, tensor in record.items():
-            if name.startswith(EXPECTED) or name == ROWS:
+            if name.startswith(EXPECTED) or name == ROWS_OF_BATCH:
                 continue
             same = expectation(name, record, first)
             error = (tensor.double() - same.double()).abs().max().item() / scale(same)
@@ -102,7 +102,7 @@ def expectation(name: str, record: Record, measure: Record) -> Tensor:
     """Return what a tensor of one rank must be."""
     if EXPECTED + name in record:
         return record[EXPECTED + name]
-    return measure[name][record[ROWS]] if kind_of(name) in OF_TOKENS else measure[name]
+    return measure[name][record[ROWS_OF_BATCH]] if kind_of(name) in OF_TOKENS else measure[name]
 
 
 def differ(actual: Tensor, expected: Tensor, limit: float) -> Difference | None:

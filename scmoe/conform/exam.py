@@ -11,11 +11,11 @@ from scmoe.conform import equality
 from scmoe.conform.equality import BFLOAT16, EXPECTED, ONE_ROUNDING, Difference, Tolerance
 from scmoe.conform.plays import Record
 from scmoe.conform.problem import TOKENS
-from scmoe.conform.questions import CHECKPOINT, FIRST, OTHERS, RAISES, Question
+from scmoe.conform.questions import CHECKPOINT, FIRST_QUESTIONS, OTHERS, RAISES, Question
 from scmoe.conform.rank_pool import PlayCall, Played, RankPool
 
 PLACES = {"1": (1, 1), "2": (2, 2), "4": (4, 4), "2x2": (4, 2)}  # ranks, and those of an EP group
-ALONE = "1"
+PLACE_ALONE = "1"
 ORDERS = 5  # of tokens, in which one process is measured
 FAILURES = ("failed", "crashed", "timed out")
 
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 def pools_of(places: Sequence[str], preloaded: Sequence[str] = ()) -> dict[str, RankPool]:
     """Return ranks for these places and the measure. They start at the first question."""
-    needed = dict.fromkeys([ALONE, *places])
+    needed = dict.fromkeys([PLACE_ALONE, *places])
     return {ranks: RankPool(*PLACES[ranks], preloaded) for ranks in needed}
 
 
@@ -67,7 +67,7 @@ class Exam:
 
     def run(self) -> Answers:
         answers: Answers = {}
-        for question in (*FIRST, *OTHERS):
+        for question in (*FIRST_QUESTIONS, *OTHERS):
             if question.name in self.names:
                 answers[question.name] = self._on_all(question.name, question)
         for name in (CHECKPOINT, RAISES):
@@ -98,7 +98,7 @@ class Exam:
         return self.plays[play, place]
 
     def _answer(self, question: Question, place: str) -> Answer:
-        if question.play == "without rows" and place == ALONE:
+        if question.play == "without rows" and place == PLACE_ALONE:
             return Answer("not asked", why="there is no other rank")
         played = self._play(question.play, place)
         if played.outcome != "played":
@@ -117,7 +117,7 @@ class Exam:
         difference = equality.first_difference(played.records, measure, compared, tolerance)
         if difference is None:
             return Answer("passed")
-        if question in FIRST:
+        if question in FIRST_QUESTIONS:
             self.reported[place] |= {*question.kinds}
         return Answer("failed", difference)
 
@@ -135,8 +135,8 @@ class Exam:
         differently, so the layer is the only measure.
         """
         formula, alone = self._formula(question.play), Played("not asked")
-        if place != ALONE:
-            alone = self._play(question.play, ALONE)
+        if place != PLACE_ALONE:
+            alone = self._play(question.play, PLACE_ALONE)
         measure: Record = {}
         for played in (alone, formula):
             if played.outcome == "played":
@@ -153,7 +153,7 @@ class Exam:
         key = (play, "formula")
         if key not in self.plays:
             asked = self._asked(play)._replace(plain=True)
-            self.plays[key] = self.pools[ALONE].ask(asked, self.limit_s)
+            self.plays[key] = self.pools[PLACE_ALONE].ask(asked, self.limit_s)
         return self.plays[key]
 
     def _rounding(self, question: Question, pieces: int) -> Tolerance:
@@ -167,7 +167,7 @@ class Exam:
 
     def _spread(self, play: str, pieces: int) -> Tolerance:
         """Return the spread of one process by kind; empty if it cannot play this."""
-        first = self._play(play, ALONE)
+        first = self._play(play, PLACE_ALONE)
         if first.outcome != "played":
             return {}
         if (play, pieces) not in self.spreads:
@@ -176,7 +176,7 @@ class Exam:
             for _ in range(ORDERS):
                 order = tuple(torch.randperm(TOKENS, generator=generator).tolist())
                 asked = self._asked(play)._replace(order=order, pieces=pieces)
-                others += self.pools[ALONE].ask(asked, self.limit_s).records
+                others += self.pools[PLACE_ALONE].ask(asked, self.limit_s).records
             self.spreads[play, pieces] = equality.spread(first.records[0], others)
         return self.spreads[play, pieces]
 

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from scmoe.conform.adapter import RATE, Adapter, ByExpert, ByName, Group, NotAsked, Packed, Read
 from scmoe.conform.plain import DIM, EXPERTS, TOP_K, WIDTH, Weights
 
-NAMES = {"gate_up": Packed("gate", "up"), "down": Packed("down")}
-SMALL = 0.1  # of attention's output, so that tokens keep their experts
+TRANSFORMERS_WEIGHTS = {"gate_up": Packed("gate", "up"), "down": Packed("down")}
+ATTENTION_SCALE = 0.1  # of attention's output, so that tokens keep their experts
 
 
 def make(name: str, group: Group, weights: Weights, dtype: torch.dtype) -> Adapter:
@@ -103,7 +103,7 @@ def adapter_of(
         recompute=lambda: model.gradient_checkpointing_enable(),
         save=lambda folder: model.save_pretrained(folder),
         load=reload,
-        names=NAMES,
+        names=TRANSFORMERS_WEIGHTS,
         shares_tokens=shares_tokens,
     )
 
@@ -138,10 +138,14 @@ def whole_model(weights: Weights) -> Any:
     model.to(weights.router.dtype)
     moe = moe_of(model)
     with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight.mul_(SMALL)
+        model.model.layers[0].self_attn.o_proj.weight.mul_(ATTENTION_SCALE)
         moe.gate.weight.copy_(weights.router)
-        moe.experts.gate_up_proj.copy_(NAMES["gate_up"].stack(weights.experts, range(EXPERTS)))
-        moe.experts.down_proj.copy_(NAMES["down"].stack(weights.experts, range(EXPERTS)))
+        moe.experts.gate_up_proj.copy_(
+            TRANSFORMERS_WEIGHTS["gate_up"].stack(weights.experts, range(EXPERTS))
+        )
+        moe.experts.down_proj.copy_(
+            TRANSFORMERS_WEIGHTS["down"].stack(weights.experts, range(EXPERTS))
+        )
     return model
 
 

@@ -9,11 +9,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from scmoe.conform.equality import Difference
-from scmoe.conform.exam import ALONE, FAILURES, PLACES, Answer, Answers, Exam
-from scmoe.conform.questions import FIRST, OTHERS
+from scmoe.conform.exam import FAILURES, PLACE_ALONE, PLACES, Answer, Answers, Exam
+from scmoe.conform.questions import FIRST_QUESTIONS, OTHERS
 from scmoe.report import console
 
-STYLES = {"passed": "green", "failed": "bold red", "not asked": "dim"}
+ANSWER_STYLES = {"passed": "green", "failed": "bold red", "not asked": "dim"}
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def progress(total: int) -> Iterator[Callable[[str, str], None]]:
 def heading(place: str) -> str:
     if place == "2x2":
         return "EP 2 x DP 2"
-    return "1 rank" if place == ALONE else f"{place} ranks"
+    return "1 rank" if place == PLACE_ALONE else f"{place} ranks"
 
 
 def show(exam: Exam, answers: Answers) -> None:
@@ -57,7 +57,7 @@ def show(exam: Exam, answers: Answers) -> None:
 
 def _cell(answer: Answer) -> Text:
     ratio = "" if answer.ratio is None else f" x {answer.ratio:.4g}"
-    return Text(answer.answer + ratio, STYLES.get(answer.answer, "bold red"))
+    return Text(answer.answer + ratio, ANSWER_STYLES.get(answer.answer, "bold red"))
 
 
 def failure_lines(answers: Answers) -> list[str]:
@@ -84,7 +84,7 @@ def unasked_lines(answers: Answers) -> list[str]:
 
 def reproducers(exam: Exam, answers: Answers) -> dict[str, str]:
     """Return by question a script that prints a number that is wrong."""
-    plays = {question.name: question.play for question in (*FIRST, *OTHERS)}
+    plays = {question.name: question.play for question in (*FIRST_QUESTIONS, *OTHERS)}
     scripts = {}
     for name, of_places in answers.items():
         for ranks, answer in of_places.items():

@@ -21,7 +21,7 @@ TOP_K = 2
 DIM = 16
 WIDTH = 24
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -76,7 +76,7 @@ class Plain:
         up_F = expert["up"] @ x_D
         if self.activation == "swiglu":
             return expert["down"] @ (F.silu(expert["gate"] @ x_D) * up_F)
-        return expert["down"] @ ACTIVATIONS[self.activation](up_F)
+        return expert["down"] @ ACTIVATION_FORMULAS[self.activation](up_F)
 
     def used(self, weights: Weights) -> Weights:
         """Return the weights as leaves of autograd, without gates if there are none."""

@@ -1,7 +1,7 @@
 """What every rank does for a question: a play takes a way to make the layer, and returns a Record
 of tensors by name.
 
-    output, input gradient         this rank's tokens, whose places in the batch are ROWS
+    output, input gradient         this rank's tokens, whose places in the batch are ROWS_OF_BATCH
     router gradient                every rank has the whole
     dense gradient/NAME            likewise
     expert gradient/ID/NAME        ranks have those of their experts
@@ -36,9 +36,9 @@ from scmoe.conform.plain import DIM, EXPERTS, TOP_K, WIDTH
 from scmoe.conform.problem import SEED, TOKENS, Problem, draw_problem, draw_weights, pieces_of
 
 Record = dict[str, Tensor]
-ROWS = "rows of the batch"
+ROWS_OF_BATCH = "rows of the batch"
 LIMIT = 0.1  # of the norm that gradients are clipped to: all are larger
-STEPS = 3
+TRAINED_STEPS = 3
 PADDING = 3  # padding tokens for each token
 RANK = 2  # of a low-rank adapter
 
@@ -123,7 +123,7 @@ def run_piece(
     layer.backward(loss * seat.factor(layer))
     x_grad_TD = gradient(x_TD) / (seat.factor(layer) * layer.loss_scale)
     record = {"output": y_TD.detach().clone(), "input gradient": x_grad_TD}
-    return record | {ROWS: problem.rows_T}
+    return record | {ROWS_OF_BATCH: problem.rows_T}
 
 
 def weights_of(layer: Adapter, read: Read, what: str) -> Record:
@@ -237,7 +237,7 @@ def after_steps(seat: Seat) -> Record:
     layer = seat.layer()
     problem = seat.problem(layer)
     step, balance = hook(layer, "step"), []
-    for _ in range(STEPS):
+    for _ in range(TRAINED_STEPS):
         run(seat, layer, problem)
         if layer.balance is not None:
             balance.append(torch.as_tensor(layer.balance()).detach().clone())

@@ -8,7 +8,7 @@ with unequal tokens alone.
 from typing import NamedTuple
 
 PASS = ("output", "input gradient", "dense gradient", "router gradient", "expert gradient")
-GRADIENTS = PASS[2:]
+WEIGHT_GRADIENTS = PASS[2:]
 OF_REPLICAS = ("dense gradient", "router gradient")
 
 
@@ -23,7 +23,7 @@ class Question(NamedTuple):
     follows: tuple[str, ...] = ()
 
 
-FIRST = (
+FIRST_QUESTIONS = (
     Question("outputs", "whole", ("output",)),
     Question("input gradients", "whole", ("input gradient",)),
     Question("dense gradients", "whole", ("dense gradient",)),
@@ -34,7 +34,7 @@ OTHERS = (
     Question("gradient norm", "clipped", ("norm",), follows=OF_REPLICAS),
     Question("clipping", "clipped", ("clipped",)),
     Question("optimizer step", "stepped", ("stepped",)),
-    Question("accumulation", "accumulated", GRADIENTS),
+    Question("accumulation", "accumulated", WEIGHT_GRADIENTS),
     Question("frozen experts", "frozen"),
     Question("unequal tokens", "unequal"),
     Question("no tokens on a rank", "without rows"),
@@ -54,4 +54,4 @@ OTHERS = (
 )
 CHECKPOINT = "checkpoint on other ranks"
 RAISES = "a rank that raises"
-NAMES = [*(question.name for question in (*FIRST, *OTHERS)), CHECKPOINT, RAISES]
+QUESTION_NAMES = [*(question.name for question in (*FIRST_QUESTIONS, *OTHERS)), CHECKPOINT, RAISES]

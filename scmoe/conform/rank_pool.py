@@ -33,7 +33,7 @@ from scmoe.conform.plain import Weights
 from scmoe.conform.source import make_of
 
 START_S = 300.0  # more for the first play of a layer, whose file and libraries are imported then
-GRACE_S = 3.0  # after a first failure, how long other ranks may take to fail too
+OTHER_RANKS_S = 3.0  # after a first failure, how long other ranks may take to fail too
 NO_LAYER = "no layer"
 LAST_LINES = 5  # of what ranks have printed, where one ended without a word
 
@@ -73,7 +73,7 @@ class RankPool:
         self.pipes: list[Connection] = []
         self.imported: set[str] = set()
 
-    def ask(self, asked: PlayCall, limit_s: float, grace_s: float = GRACE_S) -> Played:
+    def ask(self, asked: PlayCall, limit_s: float, grace_s: float = OTHER_RANKS_S) -> Played:
         """Return what all ranks have played within limit_s seconds. grace_s: after a first
         failure. Raises ConfigError if the layer's file cannot be imported."""
         if not self.processes:

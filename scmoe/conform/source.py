@@ -18,7 +18,7 @@ from scmoe.conform import of_transformers, pair
 from scmoe.conform.adapter import Make
 
 TRANSFORMERS = "hf:"
-PAIR = "pair:"
+PAIR_PREFIX = "pair:"
 
 
 def check_source(source: str) -> None:
@@ -51,11 +51,11 @@ def make_of(source: str) -> Make:
     if name not in functions:
         raise ConfigError(f"{file} has no {name}. Name the function that makes the layer.")
     function = functions[name]
-    return partial(pair.make, function) if source.startswith(PAIR) else function
+    return partial(pair.make, function) if source.startswith(PAIR_PREFIX) else function
 
 
 def _named(source: str) -> str:
-    return source.removeprefix(TRANSFORMERS).removeprefix(PAIR)
+    return source.removeprefix(TRANSFORMERS).removeprefix(PAIR_PREFIX)
 
 
 def _imported(path: Path) -> dict[str, Any]:

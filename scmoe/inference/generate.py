@@ -49,7 +49,7 @@ class Passes:
     piece: int | None = None
 
 
-ALONE = Passes()
+ONE_RANK_PASSES = Passes()
 
 
 def read_prompts(
@@ -147,7 +147,7 @@ def generate(
     stopping: Stopping,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
-    passes: Passes = ALONE,
+    passes: Passes = ONE_RANK_PASSES,
 ) -> list[Continuation]:
     """Return the continuation of each prompt. Arguments and errors are those of `stream`."""
     return collect(stream(model, prompts, stopping, sampling, seeds, passes), len(prompts))
@@ -171,7 +171,7 @@ def stream(
     stopping: Stopping,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
-    passes: Passes = ALONE,
+    passes: Passes = ONE_RANK_PASSES,
 ) -> Iterator[NewTokens]:
     """Yield the next token of all texts at a time.
 

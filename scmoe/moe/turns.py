@@ -29,7 +29,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from scmoe.moe.operators import range_of_profile
 
 DEVICES = ("cpu", "cuda")  # for which autocast is on or off
-KERNELS = (  # of attention
+ATTENTION_KERNELS = (  # of attention
     torch.backends.cuda.flash_sdp_enabled,
     torch.backends.cuda.mem_efficient_sdp_enabled,
     torch.backends.cuda.math_sdp_enabled,
@@ -128,7 +128,7 @@ def _modes() -> dict[str, Any]:
         ],
         "torch.utils.checkpoint or another user of saved_tensors_hooks": _has_hooks(),
         "torch.set_default_dtype": torch.get_default_dtype(),
-        "torch.nn.attention.sdpa_kernel": [is_enabled() for is_enabled in KERNELS],
+        "torch.nn.attention.sdpa_kernel": [is_enabled() for is_enabled in ATTENTION_KERNELS],
         "torch.cuda.stream": _cuda_stream(),
     }
 

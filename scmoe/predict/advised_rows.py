@@ -36,7 +36,7 @@ from scmoe.schedule.schedule import Schedule
 CHUNKS = (1, 2, 4)
 CHUNKS_OF_TWO = (1, 2)  # with two batches in flight
 SHARED = "shared_expert"
-FEW = 6  # blocks, spread over the model, with which choices are compared
+COMPARED_BLOCKS = 6  # blocks, spread over the model, with which choices are compared
 KEPT = 2  # choices of a row and EP that are played with all blocks
 
 
@@ -128,7 +128,9 @@ class Simulator:
         blocks = at_schedule(blocks, choice.schedule)
         top_ks = [layer.top_k for layer in model.costs.layers]
         if few:
-            spread = [round(i * (len(blocks) - 1) / (FEW - 1)) for i in range(FEW)]
+            spread = [
+                round(i * (len(blocks) - 1) / (COMPARED_BLOCKS - 1)) for i in range(COMPARED_BLOCKS)
+            ]
             blocks = [blocks[index] for index in dict.fromkeys(spread)]
             top_ks = [top_ks[index] for index in dict.fromkeys(spread)]
         loads_in = model.loads(choice.ep_size)

@@ -1,7 +1,7 @@
 """The config of a job that `scmoe advise` judges, read once.
 
 The batch of a step is that of the config, data.global_batch_size, over all ranks. A preset has
-none: a rank then has TOKENS tokens or IMAGES_OF_A_RANK images.
+none: a rank then has TOKENS_OF_A_RANK tokens or IMAGES_OF_A_RANK images.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from scmoe.config.load import find, read_unchecked
 from scmoe.config.registry import IMAGES
 
 # of a rank in one step, where a preset of configs/model says no batch
-TOKENS = 16_384
+TOKENS_OF_A_RANK = 16_384
 IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
 
 
@@ -40,7 +40,7 @@ class AskedConfig:
         data = self.values.data
         if data.name in IMAGES or self.values.model.family == "swin":
             return IMAGES_OF_A_RANK
-        return max(1, TOKENS // data.seq_len)
+        return max(1, TOKENS_OF_A_RANK // data.seq_len)
 
 
 def read_asked(name: str | Path, overrides: Sequence[str] = ()) -> AskedConfig:

@@ -41,7 +41,9 @@ from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
 
-STEPS = 8  # of a load that are played at most; those of a recording are spread over all of it
+PLAYED_STEPS = (
+    8  # of a load that are played at most; those of a recording are spread over all of it
+)
 DEALT = 2048  # tokens of a rank that are dealt: shares do not depend on their number
 
 Loads = Callable[[int, int | None], Sequence[PlayedLoad]]
@@ -283,7 +285,7 @@ def rank_shares(routing: Load, sizes: Sizes) -> Loads | None:
     def in_chunks(chunks: int, top_k: int | None = None) -> Sequence[PlayedLoad]:
         routed = sizes._replace(top_k=top_k or sizes.top_k)
         loads = []
-        for step in range(min(STEPS, routing.phases(sizes.ranks))):
+        for step in range(min(PLAYED_STEPS, routing.phases(sizes.ranks))):
             counts_PRE = counts_of(routing, routed, [DEALT] * sizes.ranks, step, chunks)
             rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
             loads.append([shares(rows_RR) for rows_RR in rows_PRR])

@@ -43,8 +43,9 @@ from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.wire import Wire
+from scmoe.planning.clock import CPU
 
-CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=60)
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 COLLECTIVES = {  # by the operator that torch calls
     "allreduce_": "all_reduce",

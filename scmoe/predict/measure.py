@@ -36,15 +36,15 @@ from scmoe.predict.cluster import KEYS, NETWORK, Precision, Profile, Value
 
 ROUNDS = 9
 WARM_UP = 2
-SMALL, LARGE = 2**16, 2**24  # bytes of a rank in an exchange
+SMALL_BYTES, LARGE_BYTES = 2**16, 2**24  # bytes of a rank in an exchange
 COPIED = 2**28  # bytes of a tensor, more than caches hold
 CARD_SIZES = 8192, 4096, 4096  # of a product: rows, width, columns
 HOST_SIZES = 1024, 512, 2048
-TIMEOUT = timedelta(seconds=120)  # of an exchange
+EXCHANGE_TIMEOUT = timedelta(seconds=120)  # of an exchange
 GUESSED = {"attention": 1.5, "moe": 0.3, "copy": 0.15, "halves": 1.05}  # as in configs/cluster/
 LAUNCHES = 100
-BESIDE = 4  # exchanges, while products run
-FAILURES = multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException
+EXCHANGES_BESIDE = 4  # exchanges, while products run
+RANK_FAILURES = multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException
 INSTEAD = "Name a profile of configs/cluster/ or a file instead"
 
 
@@ -102,7 +102,7 @@ def measured_by(ranks: int) -> list[RankTimes]:
         store = str(Path(folder) / "store")
         try:
             multiprocessing.spawn(_rank, (ranks, store, results), ranks, daemon=True)
-        except FAILURES as error:
+        except RANK_FAILURES as error:
             why = str(error).strip().splitlines()[-1]
             raise ConfigError(
                 f"cluster is measure: a process that measures has ended without a result: {why}."
@@ -161,12 +161,13 @@ def link_values(slowest: RankTimes, ranks: int) -> dict[str, Value]:
     """Return rate and latency of the links: the time of an exchange is a line over its bytes."""
     if slowest.large <= slowest.small:
         raise ConfigError(
-            f"cluster is measure: an exchange of {LARGE} bytes took {1e3 * slowest.large:.3g} ms,"
-            f" one of {SMALL} bytes {1e3 * slowest.small:.3g} ms, so the links have no rate. Stop"
+            f"cluster is measure: an exchange of {LARGE_BYTES} bytes took"
+            f" {1e3 * slowest.large:.3g} ms, one of {SMALL_BYTES} bytes"
+            f" {1e3 * slowest.small:.3g} ms, so the links have no rate. Stop"
             f" other work and measure again. {INSTEAD}"
         )
     travels = (ranks - 1) / ranks
-    small, large = (nbytes // ranks * ranks * travels for nbytes in (SMALL, LARGE))
+    small, large = (nbytes // ranks * ranks * travels for nbytes in (SMALL_BYTES, LARGE_BYTES))
     rate = (large - small) / (slowest.large - slowest.small)
     latency = max(0.0, slowest.small - small / rate)
     return {
@@ -196,7 +197,7 @@ def _rank(rank: int, ranks: int, store: str, results: Any) -> None:
         rank=rank,
         world_size=ranks,
         device_id=device if on_cards else None,
-        timeout=TIMEOUT,
+        timeout=EXCHANGE_TIMEOUT,
     )
     results.put(seconds_on(device, all_to_all(dist.group.WORLD), ranks))
     dist.barrier()
@@ -228,20 +229,22 @@ def seconds_on(device: torch.device, exchange: Exchange | None = None, ranks: in
 
     small, large = (
         torch.zeros(nbytes // ranks * ranks, device=device, dtype=torch.uint8)
-        for nbytes in (SMALL, LARGE)
+        for nbytes in (SMALL_BYTES, LARGE_BYTES)
     )
     calls |= {"small": lambda: send(small), "large": lambda: send(large)}
     alone = RankTimes(**medians(calls, device))
-    products = max(1, round(BESIDE * alone.large / alone.product))
+    products = max(1, round(EXCHANGES_BESIDE * alone.large / alone.product))
 
     def beside() -> None:
-        started = [exchange(large, None) for _ in range(BESIDE)]  # buffers stay until they end
+        started = [
+            exchange(large, None) for _ in range(EXCHANGES_BESIDE)
+        ]  # buffers stay until they end
         for _ in range(products):
             calls["product"]()
         for _, work in started:
             work.wait()
 
-    both = products * alone.product, BESIDE * alone.large
+    both = products * alone.product, EXCHANGES_BESIDE * alone.large
     took = medians({"beside": beside}, device)["beside"]
     return alone._replace(lost=took - max(both), hidden=min(both))
 

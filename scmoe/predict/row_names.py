@@ -9,7 +9,7 @@ Nothing here imports torch, so the command line reads it.
 
 TWO = "_two"
 PIPELINED = "_pipelined"
-NAMES = {
+ARCHITECTURE_NAMES = {
     **{f"top{k}": f"Standard top-{k}" for k in range(1, 33)},
     "shared_expert": "Shared-expert",
     "scmoe2": "ScMoE-2",
@@ -35,7 +35,9 @@ def architecture_of(row: str) -> str:
 def name_of(row: str, every: int = 2) -> str:
     """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for
     scmoe_pos2_pipelined. every: 1 for an MoE in every block, 2 for pairs."""
-    return (NAMES | IN_EVERY_BLOCK if every == 1 else NAMES)[architecture_of(row)]
+    return (ARCHITECTURE_NAMES | IN_EVERY_BLOCK if every == 1 else ARCHITECTURE_NAMES)[
+        architecture_of(row)
+    ]
 
 
 def way_of_row(row: str) -> str:
@@ -46,6 +48,6 @@ def way_of_row(row: str) -> str:
 
 def row_in_words(row: str, every: int = 2) -> str:
     """Return a row's name and the way that it runs; a name that is none of these stays."""
-    if architecture_of(row) not in NAMES:
+    if architecture_of(row) not in ARCHITECTURE_NAMES:
         return row
     return name_of(row, every) + way_of_row(row)

@@ -16,7 +16,7 @@ from scmoe.charts import chart
 from scmoe.runs.seen import SeenRun, differences
 
 PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
-STYLES = ("-", "--", ":")  # for more runs than colours, and for runs whose curves are equal
+CURVE_STYLES = ("-", "--", ":")  # for more runs than colours, and for runs whose curves are equal
 MARKERS = ("o", "x", "+")  # of validations, likewise
 LEGEND_LETTERS = 60  # of a line of the legend
 Points = list[tuple[float, float]]
@@ -122,7 +122,7 @@ def draw(
             curves.append(points_by_panel)
             line = {
                 "color": colors[i % 10],
-                "linestyle": STYLES[(i // 10 + twins) % len(STYLES)],
+                "linestyle": CURVE_STYLES[(i // 10 + twins) % len(CURVE_STYLES)],
                 "linewidth": 1.4,
             }
             marker = {"marker": MARKERS[twins % len(MARKERS)], "markersize": 4 + 2 * twins}

@@ -11,14 +11,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from scmoe.charts import SMALL, WIDTH, chart, heading
+from scmoe.charts import CHART_WIDTH, SMALL, chart, heading
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.load import load_config
 from scmoe.report import Report
 from scmoe.sweeps.search import Trial, best
 from scmoe.sweeps.sweep_file import Sweep, words
 
-NUMBERED = 12  # up to this many trials, the chart shows their numbers
+NUMBERED_TRIALS = 12  # up to this many trials, the chart shows their numbers
 CATEGORY_LETTERS = 40  # of all categories of a panel, on one line
 TRIAL_COLORS = {"finished": "#1b6ca8", "failed": "#c1292e", "best": "#e09f3e"}
 LABELS = {"finished": "finished", "failed": "failed"}
@@ -99,7 +99,7 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
         for state, word in LABELS.items()
         if (n := sum(trial.state == state for trial in trials))
     ]
-    with chart(path, 4.2, max(WIDTH, 3.4 * len(shown) + 0.8)) as figure:
+    with chart(path, 4.2, max(CHART_WIDTH, 3.4 * len(shown) + 0.8)) as figure:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for panel, name in zip(panels, shown, strict=True):
             _slice(panel, sweep, trials, name)
@@ -130,7 +130,7 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
 
     judged = [t for t in trials if t.state == "finished" and t.history]
     dots(judged, "finished", "finished", s=42, marker="o", alpha=0.9)
-    if len(trials) <= NUMBERED:
+    if len(trials) <= NUMBERED_TRIALS:
         for t in judged:
             point = (x(t), t.history[-1])
             _annotate(panel, str(t.number), point, (5, 5), color="#555555")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scmoe.config.derived import FAMILY_ACTIVATIONS, SHORTCUTS
+from scmoe.config.derived import FAMILY_ACTIVATIONS, SHORTCUT_SCHEDULES
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten, leaves, show
 from scmoe.config.registry import ARCHITECTURES, FAMILIES
@@ -239,9 +239,9 @@ def model_settings(config: Config) -> dict[str, Any]:
             "moe.zero_experts",
         ]
     is_extension = architecture not in ARCHITECTURES.built_in  # it may read all of these keys
-    if architecture in SHORTCUTS or is_extension:
+    if architecture in SHORTCUT_SCHEDULES or is_extension:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]
-    if SHORTCUTS.get(architecture) == "dgmoe" or is_extension:
+    if SHORTCUT_SCHEDULES.get(architecture) == "dgmoe" or is_extension:
         keys.append("moe.distinct_experts")
     if architecture in ("shared_expert", "scmoe") or is_extension:
         keys += ["moe.combine", "moe.coefficient_input"]

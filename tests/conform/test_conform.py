@@ -10,19 +10,19 @@ import pytest
 from experiments.engine.ranks import PRELOADED, run_ranks
 from scmoe.cli import conform
 from scmoe.command_line import call
-from scmoe.conform.exam import ALONE, Exam, pools_of
-from scmoe.conform.questions import FIRST, NAMES
+from scmoe.conform.exam import PLACE_ALONE, Exam, pools_of
+from scmoe.conform.questions import FIRST_QUESTIONS, QUESTION_NAMES
 from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.ranks
 
 LAYERS = ROOT / "tests/support/wrong_layers.py"
-PASS = [question.name for question in FIRST]
+PASS = [question.name for question in FIRST_QUESTIONS]
 
 
 @pytest.fixture(scope="module")
 def pools():
-    pools = pools_of([ALONE, "2", "2x2"], PRELOADED)
+    pools = pools_of([PLACE_ALONE, "2", "2x2"], PRELOADED)
     yield pools
     for pool in pools.values():
         pool.close()
@@ -36,7 +36,7 @@ def ask(pools, source, questions, dtype="float64", places=("2",), limit_s=60.0):
 
 def test_a_pair_is_asked_with_experts_that_are_the_identity(pools):
     named = [name for name in PASS if name not in ("dense gradients", "expert gradients")]
-    answers = ask(pools, f"pair:{LAYERS}:pair", named, places=(ALONE, "2", "2x2"))
+    answers = ask(pools, f"pair:{LAYERS}:pair", named, places=(PLACE_ALONE, "2", "2x2"))
     assert {a for of in answers.values() for a in of.values()} == {"passed"}
     wrong = ask(pools, f"pair:{LAYERS}:detached_pair", named)
     assert [name for name in wrong if wrong[name]["2"] == "failed"] == [
@@ -67,7 +67,7 @@ def test_a_rank_that_raises_costs_its_question_alone(pools):
 
 def asked(capfd, monkeypatch, *words):
     """Return the exit code, the JSON and standard error of the command."""
-    monkeypatch.setattr(conform, "PRELOADED", PRELOADED)
+    monkeypatch.setattr(conform, "MODULES_OF_RANKS", PRELOADED)
     code = call("conform", *words)
     out, err = capfd.readouterr()
     return code, json.loads(out.splitlines()[-1]) if out else None, err
@@ -112,7 +112,7 @@ def test_what_does_not_exist_is_refused(capfd, monkeypatch):
     for words in (["nowhere.py:make"], [f"{LAYERS}"], [f"{LAYERS}:make", "--questions", "none"]):
         code, _, err = asked(capfd, monkeypatch, *words)
         assert code == 2 and err.startswith("error: ")
-    assert NAMES[0] in err
+    assert QUESTION_NAMES[0] in err
 
 
 def test_a_file_that_cannot_be_imported_ends_at_once(capfd, monkeypatch, tmp_path):

@@ -4,8 +4,8 @@ layout, and under the Strategy."""
 import pytest
 
 from experiments.engine.ranks import PRELOADED
-from scmoe.conform.exam import ALONE, FAILURES, Exam, pools_of
-from scmoe.conform.questions import CHECKPOINT, NAMES
+from scmoe.conform.exam import FAILURES, PLACE_ALONE, Exam, pools_of
+from scmoe.conform.questions import CHECKPOINT, QUESTION_NAMES
 from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.ranks
@@ -28,7 +28,7 @@ QUICK = ("make", "longcat", "buffers")  # of `make test`
 
 @pytest.fixture(scope="module")
 def pools():
-    pools = pools_of([ALONE, "2", "4", "2x2"], PRELOADED)
+    pools = pools_of([PLACE_ALONE, "2", "4", "2x2"], PRELOADED)
     yield pools
     for pool in pools.values():
         pool.close()
@@ -36,7 +36,7 @@ def pools():
 
 def unasked(pools, source, places):
     """Return the questions that were not asked on some number of ranks; none may have failed."""
-    exam = Exam(source, "float64", pools, places, NAMES, 60.0, lambda *_: None)
+    exam = Exam(source, "float64", pools, places, QUESTION_NAMES, 60.0, lambda *_: None)
     answers = exam.run()
     assert [
         (name, answer)
@@ -44,7 +44,7 @@ def unasked(pools, source, places):
         for answer in of_places.values()
         if answer.answer in FAILURES
     ] == []
-    return {name for name in NAMES if answers[name][places[-1]].answer == "not asked"}
+    return {name for name in QUESTION_NAMES if answers[name][places[-1]].answer == "not asked"}
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_under_the_strategy(dense, pools):
 @pytest.mark.faults
 @pytest.mark.parametrize("layer", ["own.py:make", "strategy.py:replicated", "strategy.py:sharded"])
 def test_on_each_number_of_ranks(layer, pools):
-    unasked(pools, f"{EXAMPLES / layer}", (ALONE, "2", "4", "2x2"))
+    unasked(pools, f"{EXAMPLES / layer}", (PLACE_ALONE, "2", "4", "2x2"))

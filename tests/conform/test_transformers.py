@@ -4,12 +4,12 @@ import pytest
 
 from experiments.engine.ranks import PRELOADED
 from scmoe.conform.exam import FAILURES, Exam, pools_of
-from scmoe.conform.questions import FIRST
+from scmoe.conform.questions import FIRST_QUESTIONS
 from scmoe.conform.source import libraries_of
 
 pytestmark = [pytest.mark.ranks, pytest.mark.peers, pytest.mark.faults]
 
-PASS = [question.name for question in FIRST]
+PASS = [question.name for question in FIRST_QUESTIONS]
 
 
 @pytest.fixture(scope="module")

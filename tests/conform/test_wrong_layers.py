@@ -8,8 +8,8 @@ side is named beside the one that is meant.
 import pytest
 
 from experiments.engine.ranks import PRELOADED
-from scmoe.conform.exam import ALONE, FAILURES, Exam, pools_of
-from scmoe.conform.questions import NAMES
+from scmoe.conform.exam import FAILURES, PLACE_ALONE, Exam, pools_of
+from scmoe.conform.questions import QUESTION_NAMES
 from tests.support.pages import ROOT
 from tests.support.wrong_layers import WRONG
 
@@ -22,7 +22,7 @@ ALSO = ("outputs", "expert gradients")  # asked of every layer
 
 @pytest.fixture(scope="module")
 def pools():
-    pools = pools_of([ALONE, PLACE], PRELOADED)
+    pools = pools_of([PLACE_ALONE, PLACE], PRELOADED)
     yield pools
     for pool in pools.values():
         pool.close()
@@ -34,7 +34,7 @@ def ask(pools, name, questions, limit_s=60.0, places=(PLACE,)):
 
 
 def test_a_right_layer_passes_every_question(pools):
-    answers = ask(pools, "make", NAMES, places=(ALONE, PLACE))
+    answers = ask(pools, "make", QUESTION_NAMES, places=(PLACE_ALONE, PLACE))
     assert {n: a[PLACE] for n, a in answers.items() if a[PLACE].answer != "passed"} == {}
 
 
@@ -47,4 +47,4 @@ def test_a_mistake_fails_its_question_and_no_other(mistake, pools):
 
 
 def test_every_question_has_a_mistake_that_fails_it():
-    assert {name for names in WRONG.values() for name in names} == {*NAMES}
+    assert {name for names in WRONG.values() for name in names} == {*QUESTION_NAMES}

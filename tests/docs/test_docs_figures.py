@@ -15,7 +15,7 @@ from scmoe.config.leaves import ConfigError
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 TOKENS = "equal_tokens"
-LONGEST = f"{one_sequence.NAME}/overlap-real-iteration-2-ranks-share-0.52-tokens-3072-layers-8.json"
+LONGEST = "one-sequence/overlap-real-iteration-2-ranks-share-0.52-tokens-3072-layers-8.json"
 FIGURE = re.compile(r"(?<![\w.])-?\d+\.\d{2,}(?![\w.])")
 NO_FIGURES = re.compile(
     r"```.*?```|\]\([^)]*\)|arXiv [\d.]+|Python [\d.]+ to [\d.]+", flags=re.DOTALL
@@ -69,7 +69,7 @@ def test_a_new_measurement_changes_readmes_answers(tmp_path):
     texts = {answers()}
     changes = {
         PAGES / f"{HEADLINE}.json": ("rows", "scmoe_pos3", "train_speedup"),
-        PAGES / f"{readme.FEW_TOKENS}.json": ("rows", "scmoe_pos2", "train_speedup"),
+        PAGES / f"{readme.FEW_ROWS_REPORT}.json": ("rows", "scmoe_pos2", "train_speedup"),
         PAGES / LONGEST: ("rows", "scmoe_pos3", "over_best_without_shortcut", "train", "median"),
         RESULTS / readme.REGISTERED / "results.json": (
             *("decision", "rows", f"{readme.POS2} minus {readme.TOP2}", "difference"),
@@ -93,7 +93,7 @@ def test_the_second_day_of_the_headline_is_as_its_report_says():
     report = readme.read(ROOT / RESULTS / "headline-second-day.json")
     text = (ROOT / RESULTS / "README.md").read_text(encoding="utf-8")
     for over in ("over_best_without_another_model", "over_best_without_shortcut"):
-        pos2, pos3 = (readme.gain_of(report, row, over) for row in readme.SHORTCUTS)
+        pos2, pos3 = (readme.gain_of(report, row, over) for row in two_batches.SHORTCUT_ROWS)
         assert f"{pos2} and {pos3} over" in text
 
 
@@ -104,7 +104,7 @@ def test_the_page_of_the_registered_experiment_has_readmes_intervals(facts):
         (line,) = [
             line
             for line in page.splitlines()
-            if line.startswith(f"| {readme.POS2} minus {readme.RIVALS[rival]} |")
+            if line.startswith(f"| {readme.POS2} minus {readme.REGISTERED_RIVALS[rival]} |")
         ]
         assert f"{low:+.4f} to {high:+.4f}" in line
 

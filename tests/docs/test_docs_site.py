@@ -49,7 +49,7 @@ def test_links_lead_to_pages_of_the_site():
     import pages
 
     for page, given, made in (
-        ("tour.md", "[a](../scmoe/moe/stream.py)", "[a](source/scmoe/moe/stream.py.md)"),
+        ("runs.md", "[a](../scmoe/moe/stream.py)", "[a](source/scmoe/moe/stream.py.md)"),
         (
             "decisions/0023-house.md",
             "[a](../../CONTRIBUTING.md#names)",
@@ -69,10 +69,10 @@ def test_links_lead_to_pages_of_the_site():
         "[a](https://a.b)",
         "[a](gone.py)",
     ):
-        assert pages.rewritten(same, "tour.md") == same, "mkdocs then names what is gone"
+        assert pages.rewritten(same, "runs.md") == same, "mkdocs then names what is gone"
     fence, link = "\n```\n`moe.rows`\n```", " `moe.none` [`moe.rows`](runs.md)"
     field = "[`moe.rows=auto`](./reference/configuration.md#moe.rows)"
-    assert pages.rewritten(f"`moe.rows=auto`{link}{fence}", "tour.md") == f"{field}{link}{fence}"
+    assert pages.rewritten(f"`moe.rows=auto`{link}{fence}", "runs.md") == f"{field}{link}{fence}"
 
 
 def test_every_page_is_in_the_navigation():

@@ -89,7 +89,7 @@ def test_of_an_operator_all_bars_have_its_name_or_none(drawn, name):
         is_named = any(np.allclose(text.get_position(), center) for text in axes.texts)
         if bar.get_width() > 0:  # those of the legend have no width
             colors[to_hex(bar.get_facecolor())].append(is_named)
-    transfers = colors[gantt.COLORS["dispatch"]] + colors[gantt.COLORS["combine"]]
+    transfers = colors[gantt.OPERATOR_COLORS["dispatch"]] + colors[gantt.OPERATOR_COLORS["combine"]]
     assert transfers and len(set(transfers)) == 1
 
 

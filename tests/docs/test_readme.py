@@ -72,7 +72,7 @@ SHORT = {
         ]
         for name in ("longcat", "instella")
     },
-    "make evaluate": ["make", "evaluate", "ARGS=--stride 256 --text docs/tour.md"],
+    "make evaluate": ["make", "evaluate", "ARGS=--stride 256 --text docs/quickstart.md"],
     'make advise CONFIG=gpt2_moe_medium ARGS="cluster=2x8xA100"': [
         *("make", "advise", "CONFIG=gpt2_moe_medium", "ARGS=cluster=2x8xA100 model.layers=4")
     ],

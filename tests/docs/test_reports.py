@@ -28,7 +28,7 @@ def test_reports_that_are_missing_are_measured_until_one_fails(tmp_path, monkeyp
         return codes[name]
 
     (tmp_path / "b.json").write_text("{}")
-    monkeypatch.setattr(reports, "FOLDER", tmp_path)
+    monkeypatch.setattr(reports, "REPORTS_FOLDER", tmp_path)
     table = tuple(reports.Report(name, name, 1) for name in ("a", "b", "c", "d"))
     monkeypatch.setattr(reports, "REPORTS", table)
     monkeypatch.setattr(subprocess, "call", call)

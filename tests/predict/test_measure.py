@@ -14,7 +14,14 @@ from scmoe.predict.asked_config import read_asked
 from scmoe.predict.cluster import KEYS, NETWORK
 from scmoe.predict.cluster_rates import Groups
 from scmoe.predict.judged_job import Request
-from scmoe.predict.measure import COPIED, HOST_SIZES, LARGE, SMALL, RankTimes, profile_of
+from scmoe.predict.measure import (
+    COPIED,
+    HOST_SIZES,
+    LARGE_BYTES,
+    SMALL_BYTES,
+    RankTimes,
+    profile_of,
+)
 from tests.support.advised import counted_on
 from tests.support.ended import end_at_once
 
@@ -25,7 +32,7 @@ RATE, LATENCY = 10e9, 50e-6  # of the links below
 
 def exchanged(seconds: RankTimes, ranks: int) -> RankTimes:
     travels = (ranks - 1) / ranks
-    small, large = (LATENCY + nbytes * travels / RATE for nbytes in (SMALL, LARGE))
+    small, large = (LATENCY + nbytes * travels / RATE for nbytes in (SMALL_BYTES, LARGE_BYTES))
     return seconds._replace(small=small, large=large, lost=0.02, hidden=0.1)
 
 

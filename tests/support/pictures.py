@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from scmoe.charts import SMALL, WIDTH
+from scmoe.charts import CHART_WIDTH, SMALL
 
 
 def assert_readable(figure: Figure) -> None:
     """Assert that no text is smaller than a phone shows, cut off, or on another one."""
-    assert figure.get_figwidth() <= WIDTH
+    assert figure.get_figwidth() <= CHART_WIDTH
     FigureCanvasAgg(
         figure
     ).draw()  # places are those of the last drawing, which had the file's resolution

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from experiments.engine.isolated import CheckPart, Pieces, Place
+from scmoe.config.installation import CHECKOUT
 from scmoe.report import bullets, bullets_and_tables, rows_table
 
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
@@ -49,7 +50,6 @@ CHECK_PARTS = {
     ),
     "pictures": CheckPart("Dispatch beside attention", f"{HERE}.gpu.steps:pictures", 45, CONFIGS),
 }
-ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 ON_ONE_GPU = ("tests/parallel/wire/test_cuda.py", "tests/inference/offload/test_migration.py")
 ON_TWO_GPUS = ("tests/parallel/test_two_gpus.py",)  # they skip on a machine with one
 MAY_SKIP = re.compile("Skipped: not installed: ")  # a package that the check does not need
@@ -156,7 +156,7 @@ def run_tests(files: Sequence[str], expected: str) -> dict[str, int]:
     import pytest
 
     outcomes = Outcomes()
-    code = pytest.main([*(str(ROOT / file) for file in files), *OPTIONS], plugins=[outcomes])
+    code = pytest.main([*(str(CHECKOUT / file) for file in files), *OPTIONS], plugins=[outcomes])
     counts = Counter(report.outcome for report in outcomes.of.values())
     others = [
         report

@@ -33,6 +33,7 @@ from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from experiments.engine.step import Step
 from scmoe.config.fields import Config
+from scmoe.config.installation import CHECKOUT
 from scmoe.config.load import SHIPPED, load_config
 from scmoe.loads import BALANCED
 from scmoe.models.model_cost import forward_flops, peak_tflops, training_flops
@@ -46,7 +47,6 @@ from scmoe.schedule.play import Span
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.train import train as run_training
 
-ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 GPT2_CONFIG = "experiment/gpt2_moe_small.yaml"  # Table 8
 ON_ONE = (
     "data.path=null",
@@ -69,11 +69,11 @@ BATCH_SIZES = (64, 32, 16, 8, 4, 2, 1)  # samples of a step of GPT2-MoE-Small: t
 MEMORY_SHARE = 0.75  # of the free memory, for the estimate
 LEAST_FALL = 0.5  # nats per token, from the first tenth of the steps to the last
 TRANSFER_SHARE = 0.52  # of communication, in the pictures
-PAIR: dict[str, Any] = dict(
+PAIR_SIZES: dict[str, Any] = dict(
     dim=1024, ffn_dim=4096, heads=16, tokens=16384, seq_len=1024, dtype="bfloat16", rounds=9
 )
 TINY_ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
-TINY_PAIR = PAIR | dict(
+TINY_PAIR_SIZES = PAIR_SIZES | dict(
     dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, rounds=2, rows=TINY_ROWS
 )
 KEPT_TRACE = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
@@ -219,7 +219,7 @@ def train(place: Place) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         words = (
             "data.name=text",
-            f"data.path={ROOT / 'docs'}",
+            f"data.path={CHECKOUT / 'docs'}",
             f"data.cache_dir={folder}",
             f"runs_dir={folder}",
         )
@@ -252,7 +252,7 @@ def train(place: Place) -> dict[str, Any]:
 
 def setting_at(place: Place, share: float) -> Setting:
     """Return the pair that is measured: real computation, transfers over the bus."""
-    sizes = TINY_PAIR if place.tiny else PAIR
+    sizes = TINY_PAIR_SIZES if place.tiny else PAIR_SIZES
     return Setting(
         share,
         ranks=1,

@@ -30,7 +30,7 @@ from experiments.bench.overlap.row_figures import over_fastest
 from experiments.bench.overlap.uneven import LoadPoint, busiest_over_mean, draw_lines
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import to_json
-from experiments.bench.setting import EXPERTS
+from experiments.bench.setting import NUM_EXPERTS
 from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed
 from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine import links
@@ -83,8 +83,8 @@ def bench_inference(setting: InferenceSetting, out: Path) -> dict[str, Any]:
 def check(setting: InferenceSetting) -> None:
     """Raise ConfigError for what cannot be measured."""
     for option, number in (("prompt", setting.prompt), ("batch", setting.batch)):
-        if number < EXPERTS or number % EXPERTS:
-            allowed = f"multiples of {EXPERTS}, so that experts get equal shares"
+        if number < NUM_EXPERTS or number % NUM_EXPERTS:
+            allowed = f"multiples of {NUM_EXPERTS}, so that experts get equal shares"
             raise ConfigError(f"--{option} is {number}, allowed: {allowed}")
     for uneven in map(load_of, setting.loads):
         if uneven.kind == "ragged":
@@ -93,7 +93,7 @@ def check(setting: InferenceSetting) -> None:
                 " kind of load."
             )
         for top_k in {*map(setting.pair.top_k_of, MEASURED_BLOCKS)}:
-            check_load(uneven, Sizes(EXPERTS, top_k, setting.ranks), setting.texts)
+            check_load(uneven, Sizes(NUM_EXPERTS, top_k, setting.ranks), setting.texts)
 
 
 def pass_times(measured: MeasuredPasses) -> dict[Pass, Any]:
@@ -216,7 +216,7 @@ def uneven_report(measured: MeasuredPasses, balanced: MeasuredPasses, load: str)
 def imbalance_of(setting: InferenceSetting, load: str, row: str, shape: Shape) -> dict[str, float]:
     """Return how uneven a load makes the routing of a pass."""
     block = architecture_of(row).removeprefix("scmoe_")
-    sizes = Sizes(EXPERTS, setting.pair.top_k_of(block), setting.ranks)
+    sizes = Sizes(NUM_EXPERTS, setting.pair.top_k_of(block), setting.ranks)
     if shape == "prefill":
         return imbalance(load_of(load), sizes, setting.texts, setting.prompt)
     return imbalance(load_of(load), sizes, 1, setting.batch)

@@ -34,7 +34,7 @@ from scmoe.training.assembly.model import build_model
 
 TEXTS, PROMPT = 4, 32
 RECORD_EVERY = 8  # the operators of one in so many passes without a cache are recorded
-WORDS = {  # of the table, by the figure's name
+FIGURE_WORDS = {  # of the table, by the figure's name
     "cached_over_uncached": "without a cache over with one",
     "cache_limit": "the same of the operators alone",
     "decode_over_operators": "a decoding step over the sum of its operators",
@@ -50,7 +50,8 @@ Kind = Callable[[], list[float]]
 class Generation:
     """What generation was measured to take: medians of the rounds.
 
-    figures: by the names in WORDS. operators_ms: of a decoding step. tokens: new ones of a text.
+    figures: by the names in FIGURE_WORDS. operators_ms: of a decoding step. tokens: new ones of a
+    text.
     """
 
     texts: int
@@ -194,7 +195,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "Generation in one process, {texts} texts, {prompt} + {tokens} tokens, medians of {rounds}"
         " rounds"
     ).format_map(report)
-    figures = {words: {"value": report[name]} for name, words in WORDS.items()}
+    figures = {words: {"value": report[name]} for name, words in FIGURE_WORDS.items()}
     operators = {name: {"ms": ms} for name, ms in report["operators_ms"].items()}
     return [
         Report(title, figures, {"": "{value:.3g}"}, "generation"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from experiments.bench.row import BESIDE, from_json
+from experiments.bench.row import BESIDE_ITS_ROW, from_json
 
 Shape = Literal["prefill", "decode"]
 SHAPES: tuple[Shape, ...] = ("prefill", "decode")
@@ -45,7 +45,7 @@ class PassFigures:
     slots: dict[str, int]
     inside_attention: dict[str, bool] = field(default_factory=dict)
     over_best_without_another_model: dict[str, Any] | None = None
-    at_load: PassAtLoad | None = field(default=None, metadata=BESIDE)
+    at_load: PassAtLoad | None = field(default=None, metadata=BESIDE_ITS_ROW)
 
 
 def passes_of(report: Mapping[str, Any], shape: Shape) -> dict[str, PassFigures]:

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
-from experiments.bench.row import BESIDE, rows_as, to_json
+from experiments.bench.row import BESIDE_ITS_ROW, rows_as, to_json
 from experiments.bench.setting import Setting, pair_setting
 from experiments.bench.speed_chart import OVER_TOP2, line_colors
 from experiments.bench.training.taking_turns import Training
@@ -106,7 +106,7 @@ class TrainedRow:
     exposed_rows_s: float | None = None
     exposed_gradients_s: float | None = None
     peak_mb: float | None = None
-    at_load: UnevenTraining | None = field(default=None, metadata=BESIDE)
+    at_load: UnevenTraining | None = field(default=None, metadata=BESIDE_ITS_ROW)
 
 
 def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -> dict[str, Any]:

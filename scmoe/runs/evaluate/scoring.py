@@ -33,7 +33,7 @@ from scmoe.training.modules import cross_entropy_sum
 # Tokens of a batch, padding included. With a vocabulary of 50,000 its logits take 0.4 GB.
 BATCH_TOKENS = 2048
 TEST_SPLIT = "test split"
-END, PASS, GO_ON = range(3)  # what rank 0 announces
+END, TAKE_PASS, GO_ON = range(3)  # what rank 0 announces
 GO_ON_S = 1.0  # between announcements of the last kind
 T = TypeVar("T")
 # Computes the model's output for (inputs, mask, and what else it reads). Its first entry is the
@@ -56,7 +56,7 @@ def run_on_rank_zero(
     """
     if mesh.rank != 0:
         while (announced := _announce(mesh)) != END:
-            if announced == PASS:
+            if announced == TAKE_PASS:
                 model(*padding)
         return None
 
@@ -74,7 +74,7 @@ def run_on_rank_zero(
     def forward(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
         nonlocal others_wait
         with announcing:
-            _announce(mesh, PASS)
+            _announce(mesh, TAKE_PASS)
             others_wait = False
             output = model(inputs, mask, *rest)
             others_wait = True
@@ -92,7 +92,7 @@ def run_on_rank_zero(
 
 
 def _announce(mesh: Mesh, what: int = END) -> int:
-    """Return rank 0's `what` on every rank: END, PASS or GO_ON."""
+    """Return rank 0's `what` on every rank: END, TAKE_PASS or GO_ON."""
     if mesh.world_size == 1:
         return what
     announced = torch.tensor([what], dtype=torch.uint8)

@@ -22,9 +22,9 @@ from scmoe.runs.html_report.cleaner import Cleaner
 from scmoe.runs.html_report.section import Section, embedded, flat_table, leaves
 
 READABLE = "a run, a folder of runs, or a JSON file of scmoe table, bench, advise or simulate"
-TABLES = ("tables", "rows", "cells")
+TABLE_KEYS = ("tables", "rows", "cells")
 FACTS = ("date", "machine", "commit")
-NO_FACTS = ("title", "paper", "loads", "pictures", "command", "reading", "note", *TABLES)
+NO_FACTS = ("title", "paper", "loads", "pictures", "command", "reading", "note", *TABLE_KEYS)
 
 
 def sections_of_file(path: Path, named: bool, clean: Cleaner) -> list[Section]:
@@ -79,7 +79,7 @@ def reports_in(data: Any) -> list[dict[str, Any]]:
     return [
         part if "tables" in part else in_words(part, part.get("every", 2))
         for part in parts
-        if isinstance(part, dict) and any(is_table(part.get(key)) for key in TABLES)
+        if isinstance(part, dict) and any(is_table(part.get(key)) for key in TABLE_KEYS)
     ]
 
 
@@ -156,7 +156,7 @@ def refuse_form(form: str) -> None:
 
 def docs() -> Path:
     """Return the folder of a checkout's docs; an installation has none."""
-    return CHECKOUT.parent / "docs"
+    return CHECKOUT / "docs"
 
 
 def conditions_of(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from scmoe.runs.html_report.sources import find_sources
 
 LONGEST = 60  # letters of a title that names what was asked for
 SENTENCE = 40  # letters of a cell that needs a line of its own on a phone
-FEW = 8  # columns that fit on a card
+CARD_COLUMNS = 8  # columns that fit on a card
 
 
 def write_page(names: Sequence[str], path: Path, last: int, version: str) -> int:
@@ -72,4 +72,4 @@ def as_cards(table: Report) -> bool:
     """Return whether a phone shows each row of a table as a card: few columns, some of words, or a
     sentence in a cell. Others scroll sideways."""
     has_sentence = any(len(cell) > SENTENCE for row in table.cells() for cell in row[1:])
-    return has_sentence or (len(table.columns) <= FEW and wordy(table) not in ([], [0]))
+    return has_sentence or (len(table.columns) <= CARD_COLUMNS and wordy(table) not in ([], [0]))

@@ -16,7 +16,9 @@ import torch
 from scmoe.charts import PAPER, SMALL, chart, heading
 from scmoe.training.callbacks.representations import GATING_TITLES
 
-NUMBERED = 12  # a panel with at most this many representations shows its entries as numbers
+NUMBERED_REPRESENTATIONS = (
+    12  # a panel with at most this many representations shows its entries as numbers
+)
 PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in SwinV2-MoE-S
 
 
@@ -90,7 +92,7 @@ def draw_similarity(
             axis.set_xticks(ticks, names, rotation=90, fontsize=SMALL)
             axis.set_yticks(ticks, names, fontsize=SMALL)
             axis.spines[:].set_visible(False)
-            if size <= NUMBERED:
+            if size <= NUMBERED_REPRESENTATIONS:
                 for (i, j), value in np.ndenumerate(matrix[group, group]):
                     color = "w" if value < (1 + lowest) / 2 else "k"
                     text = f"{value:.2f}".replace("0.", ".")

@@ -24,7 +24,7 @@ from scmoe.training.run.directory import read_metrics
 from scmoe.training.run.wandb_logger import HAS_WANDB, SafeWandbLogger, wandb_logger, wandb_mode
 
 # The first columns of metrics.csv; others follow by their names.
-FIRST = ("step", "train/tokens", "train/images", "train/loss", "val/loss")
+FIRST_COLUMNS = ("step", "train/tokens", "train/images", "train/loss", "val/loss")
 HPARAMS_METRICS = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
 
@@ -108,7 +108,12 @@ class Columns(list[str]):
     """The names of columns. Lightning's writer sorts them when there is a new one."""
 
     def sort(self, **_: Any) -> None:
-        super().sort(key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+        super().sort(
+            key=lambda name: (
+                FIRST_COLUMNS.index(name) if name in FIRST_COLUMNS else len(FIRST_COLUMNS),
+                name,
+            )
+        )
 
 
 class SafeCSVLogger(CSVLogger):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from experiments.figures import gradients
-from experiments.figures.gradients import ROWS, SEEDS, measure_gradients, tables
+from experiments.figures.gradients import GRADIENT_ROWS, SEEDS, measure_gradients, tables
 
 
 def test_norms_are_shown_over_those_at_the_last_representation():
@@ -32,7 +32,7 @@ def test_every_row_is_trained_with_every_seed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gradients, "train_from_python", train)
     report = measure_gradients(tmp_path)
-    assert len(set(trained)) == len(trained) == len(ROWS) * len(SEEDS)
+    assert len(set(trained)) == len(trained) == len(GRADIENT_ROWS) * len(SEEDS)
     assert trained[:3] == [("top_k", "pos2", 1), ("shared_expert", "pos2", 1), ("scmoe", "pos1", 1)]
     assert report["norms"]["ScMoE Pos-1"] == [[[n] * 3] * 2 for n in (3, 8, 13)]
     stored = json.loads((tmp_path / "gradients.json").read_text())

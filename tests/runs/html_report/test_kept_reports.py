@@ -18,7 +18,7 @@ def test_the_pictures_of_a_result_of_the_docs_are_those_of_its_conditions(tmp_pa
     said = {"date": "2026-11-30", "reading": "A *reading*.", "pictures": {"table3-small": "Losses"}}
     reported.write_json(docs / "results/conditions.json", {"table3-small": said})
     path = reported.write_json(docs / "results/table3-small/results.json", reported.table())
-    monkeypatch.setattr(kept_reports, "CHECKOUT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(kept_reports, "CHECKOUT", tmp_path)
     (docs / "figures/table3-small.png").write_bytes(reported.DOT)
     (section,) = sections_of_file(path, True, Cleaner([]))
     assert [picture.caption for picture in section.pictures] == ["Losses"]

@@ -28,7 +28,7 @@ def test_an_unknown_name_lists_those_that_exist(tmp_path, monkeypatch):
         reported.write_json(docs / f"{name}.json", reported.speeds())
     reported.write_json(docs / "results/conditions.json", {})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kept_reports, "CHECKOUT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(kept_reports, "CHECKOUT", tmp_path)
     with pytest.raises(ConfigError, match=r"or a result: layer, overlap-a, two-batches\.$"):
         find_sources(["xyz"], 1)
     with pytest.raises(ConfigError, match=r"or a result: two-batches\.$"):
