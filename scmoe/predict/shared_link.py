@@ -27,7 +27,7 @@ a transfer of 1 MiB took 3.0 and 3.2 times as long as alone (118 and 274 Mbit/s,
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from scmoe.schedule.play import PER_CHUNK, Span
 
@@ -40,14 +40,11 @@ class Sum(NamedTuple):
     part: float = 1.0  # BEFORE has several sub-layers: the share of its backward up to this one
 
 
-class Summed(Protocol):
-    """A block whose gradients are summed."""
+class BlockSums(NamedTuple):
+    """The sums of a block's gradients. chunks: in which its experts and transfers run."""
 
-    @property
-    def sums(self) -> Sequence[Sum]: ...
-
-    @property
-    def chunks(self) -> int: ...
+    sums: Sequence[Sum]
+    chunks: int
 
 
 class Waiting(NamedTuple):
@@ -93,15 +90,15 @@ class TokenBucket:
 class SharedLink:
     """The link while a pass is played, which begins at time 0.
 
-    blocks: whose gradients are summed; none in forward. number: of batches, or
-    pieces of one, that go through the blocks in turns. at_once: sums that share the link with a
-    transfer of rows. waiting: sums of what has run before; `ready` may be negative. bucket: None:
-    the link saves nothing.
+    blocks: whose gradients are summed; none in forward. number: of batches, or pieces of one, that
+    go through the blocks in turns. at_once: sums that share the link with a transfer of rows.
+    waiting: sums of what has run before; `ready` may be negative. bucket: None: the link saves
+    nothing.
     """
 
     def __init__(
         self,
-        blocks: Sequence[Summed],
+        blocks: Sequence[BlockSums],
         number: int = 1,
         at_once: int = 1,
         waiting: Iterable[Waiting] = (),

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from scmoe.moe.operators import Direction
 from scmoe.predict.batches import InFlight
-from scmoe.predict.shared_link import SharedLink, Sum, TokenBucket, Waiting
+from scmoe.predict.shared_link import BlockSums, SharedLink, Sum, TokenBucket, Waiting
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.play import (
     BEFORE,
@@ -76,10 +76,6 @@ class Block:
     def gathered(self) -> Sequence[Sum]:
         """What the link carries beside rows in forward."""
         return (Sum(self.gathers, BEFORE, 0.0),) if self.gathers else ()
-
-    @property
-    def chunks(self) -> int:
-        return self.schedule.chunks
 
 
 @dataclass(frozen=True)
@@ -306,8 +302,9 @@ def played(
 def link_of(
     blocks: Sequence[Block], setting: StepSetting, waiting: Sequence[Waiting] = ()
 ) -> SharedLink:
+    sums = [BlockSums(block.sums, block.schedule.chunks) for block in blocks]
     bucket = TokenBucket(setting.burst)
-    return SharedLink(blocks, setting.batches.pieces, setting.sums_at_once, waiting, bucket)
+    return SharedLink(sums, setting.batches.pieces, setting.sums_at_once, waiting, bucket)
 
 
 def gathering(blocks: Sequence[Block]) -> list[Block]:

@@ -1,28 +1,15 @@
 """The link in backward: sums of gradients fill its gaps, and share it with rows that meet them."""
 
-from dataclasses import dataclass
 from math import inf
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.predict.shared_link import SharedLink, Sum, Waiting
+from scmoe.predict.shared_link import BlockSums, SharedLink, Sum, Waiting
 from scmoe.schedule.play import Span
 
 SECONDS = st.floats(0.0, 10.0).map(lambda seconds: round(seconds, 3))
-
-
-@dataclass(frozen=True)
-class OneSum:
-    """A block of one operator with a sum of a second."""
-
-    chunks: int
-    operator: str
-
-    @property
-    def sums(self) -> list[Sum]:
-        return [Sum(1.0, self.operator, 0.5)]
 
 
 def link_of(*waiting: tuple[float, float], at_once: int = 1) -> SharedLink:
@@ -74,7 +61,7 @@ def test_the_link_carries_everything_once(waiting, gaps_and_rows, at_once):
     ("operator", "halves", "pieces"), [("mlp", 1, 1), ("mlp", 2, 2), ("experts", 2, 6)]
 )
 def test_a_sum_is_ready_with_the_last_piece_of_its_operator(operator, halves, pieces):
-    link = SharedLink([OneSum(3, operator)], halves, 1)
+    link = SharedLink([BlockSums([Sum(1.0, operator, 0.5)], chunks=3)], halves, 1)
     for piece in range(pieces):
         assert link.summed == 0.0
         link.computed(Span(operator, 2.0 * piece, 2.0 * piece + 2.0, half=piece % halves))
