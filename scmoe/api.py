@@ -209,4 +209,4 @@ def wire_of(group: Any) -> Wire:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("This rank is not in the group. Give a group that has this rank, or None.")
-    return Wire(Mesh(rank, size, size, ep_group=group))
+    return Wire(Mesh(rank, size, size, ep_group=group, world_group=group))

@@ -64,14 +64,15 @@ class GuardedUpdate:
     ) -> Tensor:
         """Clip the gradients, check them, and return their global norm before that.
 
-        Also check gradients that are clipped by value, or not at all. The plugin's own clipping by
-        norm is not used: in bf16-mixed it refuses fused optimizers, because they unscale gradients
-        only later. But gradients are scaled in float16 only.
+        Also check gradients that are clipped by value, or not at all. The plugin's own
+        `clip_gradients` is not used: in bf16-mixed it refuses fused optimizers, because they
+        unscale gradients only later. But gradients are scaled in float16 only.
         """
         if clip_val > 0 and gradient_clip_algorithm == "norm":
             return self.clip_by_norm(optimizer, clip_val)
         norm = self.clip_by_norm(optimizer, None)
-        self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
+        if clip_val > 0:
+            self.plugin.clip_grad_by_value(optimizer, clip_val)
         return norm
 
     def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> Tensor:

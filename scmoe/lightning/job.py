@@ -24,6 +24,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.stop import INTERRUPTED, StopSignal
+from scmoe.lightning.trainer_checkpoints import refuse_checkpoint_io
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.dense.sharded import reshard
 from scmoe.parallel.mesh import (
@@ -171,6 +172,7 @@ class RunningJob:
 
     def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
         """Begin to note signals. is_launched: another rank of this job has started this process."""
+        refuse_checkpoint_io(trainer.strategy)
         explain_summary(trainer, self.mesh.ep_size)
         self.trainer = trainer
         self.checkpoints = checkpoints
@@ -193,6 +195,8 @@ class RunningJob:
         launch.skip_sigterm_broadcast(self.trainer)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and self.has_begun:  # its loader may be new in this epoch
+            check_even("train", [self.trainer.num_training_batches], self.mesh)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.ask()
         # not earlier: making data loaders draws from the generator
@@ -230,10 +234,13 @@ class RunningJob:
         elif can_stop:
             self.polls_left = int(fewest)
 
-    def ask_if_all_can(self) -> None:
+    def begin_evaluated_batch(self, inputs: Any) -> None:
+        """Ask, if all ranks can, and let the first exchange of the batch be checked. inputs: of the
+        step."""
         if self.polls_left > 0:
             self.polls_left -= 1
             self.ask()
+        self.wire.begin_batch(tensors_in(inputs))
 
     def end_evaluation(self) -> None:
         self.polls_left = 0

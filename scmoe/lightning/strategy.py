@@ -301,15 +301,15 @@ class ExpertParallelStrategy(DDPStrategy):
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.job.ask_if_all_can()
+        self.job.begin_evaluated_batch(args)
         return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.job.ask_if_all_can()
+        self.job.begin_evaluated_batch(args)
         return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.job.ask_if_all_can()
+        self.job.begin_evaluated_batch(args)
         return super().predict_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -48,6 +49,16 @@ def check_can_be_saved(trainer: Any) -> None:
             raise TypeError(
                 f"{what} cannot be saved: {error}. Convert it, or leave it out"
             ) from error
+
+
+def refuse_checkpoint_io(strategy: Any) -> None:
+    """Raise ValueError for a user's CheckpointIO: nothing would be saved or read through it."""
+    plugin = type(strategy.checkpoint_io)
+    if plugin is not TorchCheckpointIO:  # Lightning's default
+        raise ValueError(
+            f"the plugin {plugin.__name__} is not supported: each rank writes files of its own."
+            " Leave it out; ExpertParallelStrategy(async_checkpoint=True) saves in the background"
+        )
 
 
 def refuse_save(mesh: Mesh, storage_options: Any = None) -> None:

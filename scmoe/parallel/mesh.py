@@ -37,10 +37,10 @@ class Mesh:
 
     `device_mesh` has the axes "edp" and "ep". `ep_group` carries the All-to-All, `counts_group` how
     many rows come in it, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints,
-    `control_group` (gloo) what ranks ask each other; the default group carries dense gradients,
-    losses and metrics. `dense_mesh`: the ranks over which dense weights are split (sharded.py);
-    None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that are
-    gathered in float32.
+    `control_group` (gloo) what ranks ask each other, `world_group` dense gradients, losses and
+    metrics (None: the default group). `dense_mesh`: the ranks over which dense weights are split
+    (sharded.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights
+    that are gathered in float32.
 
     A copy is the same object. A pickle has no groups and DeviceMeshes: it holds the place or, if
     ep_size is 1, the default place.
@@ -55,6 +55,7 @@ class Mesh:
     edp_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
+    world_group: Any = None
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
 
@@ -93,7 +94,7 @@ class Mesh:
         if self.world_size == 1:
             return x
         total = x.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.world_group)
         return total
 
     def true_on_all_ranks(self, statement: bool) -> bool:

@@ -17,10 +17,13 @@ from torch.utils.data import DataLoader
 from experiments.engine.ranks import run_ranks
 from scmoe.datamodules import sequences
 from scmoe.lightning.job import Poll, check_even
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.data import build_datamodule
 from tests.support.failing import MODEL, failure
-from tests.support.trainings import fit, tiny
+from tests.support.lightning_net import Net
+from tests.support.lightning_net import loader as batches
+from tests.support.trainings import fit, tiny, users_trainer
 
 pytestmark = pytest.mark.ranks
 
@@ -129,3 +132,20 @@ def test_a_data_worker_that_fails_is_named_with_its_sample(how, says):
     assert re.search(says, message)
     note = r"data worker 0 \(pid \d+\) was reading sample (\d+) of TrainSequences\n.*expected: \1\n"
     assert re.search(note, message), message
+
+
+class Reloading(Net):
+    def train_dataloader(self) -> Any:
+        shorter = 4 * (self.current_epoch == 1 and self.global_rank == 1)
+        return batches(16 - shorter, batch_size=2)
+
+
+def reload(rank: int, world_size: int) -> None:
+    strategy = ExpertParallelStrategy(timeout_s=20)
+    how = {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": False}
+    users_trainer(world_size, strategy, max_epochs=3, **how).fit(Reloading())
+
+
+def test_uneven_batches_of_a_later_epoch_are_refused_before_its_first():
+    message = failure(reload, 2, all_fail=True)
+    assert "different numbers of train batches (rank 0: 8; rank 1: 6)" in message

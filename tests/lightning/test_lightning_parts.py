@@ -26,9 +26,11 @@ from scmoe.api import MoE
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.models.halves import Halves
 from scmoe.models.run_as import run_as, schedule_of
+from scmoe.moe.layout import Buffers
 from scmoe.moe.router import Router, Scoring
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
+from scmoe.parallel.wire.dispatchers import make_dispatcher
 from tests.support.resuming import exit_code
 from tests.support.trainings import end_groups, users_trainer
 
@@ -448,3 +450,30 @@ def test_a_terminal_that_is_gone_stops_a_run_as_sigterm_does(tmp_path):
     assert codes[1] == 128 + signal.SIGHUP
     (saved,) = tmp_path.glob("*.ckpt")
     assert durable.verify(saved) in (3, 4)
+
+
+class Buffered(Model):
+    """Has rows in buffers."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.moe.arrange_as(Buffers(2.0))
+        self.moe.dispatcher = make_dispatcher(self.wire, 8, buffered=True)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        length = 4 if self.wire.mesh.rank == 0 and batch_idx == 1 else None
+        self(batch[0][:, :length])
+
+
+def uneven_in_buffers(rank: int, world_size: int) -> str:
+    try:
+        trainer_of(world_size, max_steps=1).validate(Buffered(), data(2), verbose=False)
+    except ValueError as error:
+        return str(error)
+    return "validated"
+
+
+@pytest.mark.representative
+def test_different_numbers_of_tokens_are_named_in_a_validation_with_buffers():
+    for said in run_ranks(uneven_in_buffers, 2):
+        assert "rank 0: " in said and "not in buffers" in said

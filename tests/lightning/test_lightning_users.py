@@ -443,3 +443,34 @@ def test_float16_is_refused(plugin):
         ValueError, match=rf"trainer\.precision is {plugin.precision}, allowed: 32-true, bf16-mixed"
     ):
         users_trainer(2, ExpertParallelStrategy(), plugins=[plugin])
+
+
+@pytest.mark.parametrize("arguments", [{"model_averaging_period": 4}, {"timeout": 60.0}], ids=str)
+def test_arguments_of_ddp_that_cannot_be_honoured_are_refused(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name} is not supported"):
+        ExpertParallelStrategy(**arguments)
+
+
+def fit_fused(rank: int, world_size: int, algorithm: str) -> float:
+    """Return the largest gradient of a step in bf16-mixed with a fused optimizer, clipped."""
+    largest: list[float] = []
+
+    class Fused(Model):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            largest.extend(p.grad.abs().max().item() for p in self.parameters())
+
+    how = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": algorithm}
+    users_trainer(world_size, "expert_parallel", max_steps=1, precision="bf16-mixed", **how).fit(
+        Fused(16), data()
+    )
+    return max(largest)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_fused_optimizer_can_be_clipped_in_bf16(algorithm):
+    assert all(0 < value <= 1.001e-4 for value in run_ranks(fit_fused, 2, algorithm))

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from scmoe.lightning.trainer_checkpoints import check_can_be_saved
+from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.lightning.trainer_checkpoints import check_can_be_saved, refuse_checkpoint_io
 
 
 class Colour(enum.Enum):
@@ -40,3 +42,9 @@ def test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name
     with pytest.raises(TypeError, match=r"callback Stateful .*Colour"):
         # each of one class is looked at
         check_can_be_saved(trainer_of({}, Stateful(Colour.RED), Stateful(1)))
+
+
+def test_a_plugin_that_would_save_nothing_is_refused():
+    refuse_checkpoint_io(ExpertParallelStrategy())
+    with pytest.raises(ValueError, match="AsyncCheckpointIO is not supported"):
+        refuse_checkpoint_io(ExpertParallelStrategy(checkpoint_io=AsyncCheckpointIO()))

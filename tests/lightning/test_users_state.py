@@ -397,3 +397,46 @@ def test_what_cannot_be_saved_is_an_error_after_the_first_step(tmp_path):
     assert not [*tmp_path.glob("*/*.ckpt")]
     assert json.loads((tmp_path / "words.ckpt" / "meta.json").read_text())
     assert durable.verify(tmp_path / "words.ckpt") == 1
+
+
+class Trusting(torch.optim.SGD):
+    """Keeps the norm of each weight."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["trust"] = p.detach().norm()
+        return loss
+
+
+class WithExperts(LightningModule):
+    def configure_model(self) -> None:
+        if not hasattr(self, "moe"):
+            torch.manual_seed(1)
+            self.moe = scmoe.MoE(16, num_experts=2, top_k=2, group=self.wire)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.moe(batch[0])[0].square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Trusting(self.parameters(), lr=0.1)
+
+
+def numbers_of_experts(rank: int, world_size: int, folder: Path) -> list[float]:
+    """Return the number that the optimizer keeps of this rank's experts, before a save and after a
+    load of it."""
+    found = []
+    for ckpt_path in (None, folder / "numbers.ckpt"):
+        trainer, module = trainer_of("expert_parallel", folder=folder), WithExperts()
+        trainer.fit(module, data(), ckpt_path=ckpt_path)
+        found.append(trainer.optimizers[0].state[module.moe.experts.w_in_eDF]["trust"].item())
+        if ckpt_path is None:
+            trainer.save_checkpoint(folder / "numbers.ckpt")
+    return found
+
+
+def test_each_rank_gets_the_numbers_of_its_own_experts_back(tmp_path):
+    """The second training has as many steps as the first, so it takes none."""
+    (first, read_first), (second, read_second) = run_ranks(numbers_of_experts, 2, tmp_path)
+    assert first != second
+    assert [read_first, read_second] == [first, second]

@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from experiments.engine.ranks import run_ranks
+from scmoe.api import wire_of
 from scmoe.parallel import mesh
 
 TIMEOUT = timedelta(seconds=77)
@@ -109,3 +111,14 @@ def test_variables_with_which_a_gpu_hides_less_are_named(variables, named, monke
 
 
 # ---------------------------------------------------------------------- the wire
+
+
+def sum_in_groups_of_two(rank: int, world_size: int) -> float:
+    dist.init_process_group("gloo")
+    groups = [dist.new_group([first, first + 1]) for first in range(0, world_size, 2)]
+    return wire_of(groups[rank // 2]).mesh.sum_over_ranks(torch.tensor(1.0 + rank)).item()
+
+
+@pytest.mark.ranks
+def test_a_sum_over_ranks_is_that_of_the_meshs_own_ranks():
+    assert run_ranks(sum_in_groups_of_two, 4) == [3.0, 3.0, 7.0, 7.0]

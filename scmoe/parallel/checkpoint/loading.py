@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.of_ranks import (
     Reasons,
+    has_tensors,
     rank_meta,
     reasons_under,
     replaced,
@@ -28,6 +29,7 @@ from scmoe.parallel.checkpoint.state import (
     META,
     MODULE,
     OPTIMIZER,
+    Stored,
     as_dtensor,
     from_json,
     kept_in,
@@ -147,6 +149,8 @@ def load_in_place(
         check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
         if unread := reasons_under(reasons, OPTIMIZER):
             raise ValueError(f"{path}: {unread[0]}")
+        if mesh.ep_size > 1:
+            check_state_of_experts(path, module, further)
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         optimizer.state.clear()
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, mesh))
@@ -246,12 +250,21 @@ def _put_further_state(
                 states[name] = values
             else:
                 parameter = parameters[name]
-                states[parameter].update(replaced(values, partial(_on, parameter.device)))
+                states[parameter].update(replaced(values, partial(_moved, optimizer, parameter)))
 
 
-def _on(device: torch.device, leaf: Any) -> Any:
-    """Return a tensor on the device, anything else as it is."""
-    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+def _moved(optimizer: Optimizer, parameter: Tensor, leaf: Any) -> Any:
+    """Return a tensor on the device of a parameter's state, anything else as it is."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(_device_of_state(optimizer, parameter, leaf.shape))
+
+
+def _device_of_state(optimizer: Optimizer, parameter: Tensor, size: torch.Size) -> torch.device:
+    """Return where an optimizer keeps state of a parameter: a single number on the host, unless a
+    kernel reads it."""
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return parameter.device if len(size) or on_device else torch.device("cpu")
 
 
 def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:
@@ -271,6 +284,27 @@ def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> 
                 f" with {firsts}; here it has {len(groups)}. Make the same groups in"
                 " configure_optimizers, or load only the weights"
             )
+
+
+def check_state_of_experts(path: Path, module: nn.Module, further: Mapping[str, Any]) -> None:
+    """Raise ValueError for state of all experts that is not like the weights: this rank's part of
+    it is not known.
+
+    further: state of optimizers by number and name. Where a rank held a part of the experts, a
+    save has refused such state.
+    """
+    experts = {name for name, _ in expert_parameters(module)}
+    for key, values in further.items():
+        number, _, name = key.partition(".")
+        if name not in experts or not isinstance(values, dict):
+            continue
+        for odd, value in values.items():
+            if isinstance(value, (Tensor, Stored)) and has_tensors(value):
+                raise ValueError(
+                    f"{path}: optimizer {number} keeps {odd} of all experts of {name}, which is"
+                    " not of the weight's shape, so it cannot be divided among ranks. Resume with"
+                    " ep_size=1, or load only the weights"
+                )
 
 
 def network_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -323,13 +357,12 @@ def _allocate_state(
     `dcp.load` fills it in place.
     """
     shards = {p for _, p in expert_parameters(module)}
-    steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     wanted: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
         start = f"{prefix}.{name}."
         for key in [k for k in stored if k.startswith(start)]:
             size, dtype = stored[key].shape, stored[key].dtype
-            device = p.device if len(size) or steps_on_device else "cpu"
+            device = _device_of_state(optimizer, p, size)
             like = size == p.shape or (
                 p in shards and len(size) == p.dim() and size[1:] == p.shape[1:]
             )

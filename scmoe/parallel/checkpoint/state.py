@@ -184,9 +184,10 @@ def split(
     if "optimizer_states" in checkpoint:
         meta["param_groups"] = [state["param_groups"] for state in checkpoint["optimizer_states"]]
         parameters = dict(module.named_parameters())
+        experts = {name for name, _ in expert_parameters(module)} if mesh.ep_size > 1 else set()
         for i, state in enumerate(checkpoint["optimizer_states"]):
             for name, values in state["state"].items():
-                moments = _moments(values, parameters.get(name))
+                moments = _moments(values, parameters.get(name), name in experts)
                 tensors.update({f"optimizer_{i}.{name}.{k}": v for k, v in moments.items()})
                 if not isinstance(values, dict) or len(moments) < len(values):
                     others = (
@@ -196,19 +197,21 @@ def split(
     return tensors, meta
 
 
-def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
+def _moments(values: Any, weight: Tensor | None, of_rank: bool) -> dict[str, Tensor]:
     """Return the state of a weight in tensors that ranks can join.
 
-    They are like the weight, or a single number.
+    They are like the weight, or a single number. of_rank: the weight is this rank's own, as
+    experts are; its single numbers are left out, because other ranks may have others.
     """
     if weight is None or not isinstance(values, dict):
         return {}
-    shape = weight.shape
-    return {
-        k: v
-        for k, v in values.items()
-        if isinstance(v, Tensor) and (v.numel() == 1 or v.shape == shape or isinstance(v, DTensor))
-    }
+
+    def can_be_joined(v: Any) -> bool:
+        if not isinstance(v, Tensor):
+            return False
+        return v.shape == weight.shape or isinstance(v, DTensor) or (v.numel() == 1 and not of_rank)
+
+    return {k: v for k, v in values.items() if can_be_joined(v)}
 
 
 def check_types(tensors: Mapping[str, Tensor]) -> None:

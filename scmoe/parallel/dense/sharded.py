@@ -42,6 +42,11 @@ from scmoe.parallel.torch_seam import (
 )
 
 MODES = ("replicated", "sharded", "hybrid", "auto")
+REFUSED = {  # arguments of DDPStrategy, and why they cannot be honoured
+    "model_averaging_period": "weights would be averaged over ranks that hold different experts."
+    " Leave it out",
+    "timeout": "use timeout_s, which has seconds",
+}
 NOT_OF_DDP = (
     "accelerator",
     "parallel_devices",
@@ -52,9 +57,13 @@ NOT_OF_DDP = (
 
 
 def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown mode, and for arguments of DDP where DDP is not used."""
+    """Raise ValueError for an unknown mode, for arguments of DDPStrategy that cannot be honoured,
+    and for arguments of DDP where DDP is not used."""
     if dense not in MODES:
         raise ValueError(f"dense is {dense!r}, allowed: {', '.join(MODES)}")
+    for name, reason in REFUSED.items():
+        if name in ddp:
+            raise ValueError(f"{name} is not supported: {reason}")
     if dense != "replicated" and (unused := sorted(ddp.keys() - set(NOT_OF_DDP))):
         raise ValueError(
             f"{unused[0]} is an argument of DDP, which dense={dense!r} does not use. Leave it out,"

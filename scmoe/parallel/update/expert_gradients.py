@@ -57,7 +57,7 @@ class ExpertGradientReducer:
         )
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.missing = [len(bucket) for bucket in self.buckets]
-        self.launched: list[tuple[Any, Tensor, list[Tensor]]] = []
+        self.launched: list[tuple[Any, Tensor, list[nn.Parameter]]] = []
         call_after_backward(self._finish)
 
     def _scale(self, grad: Tensor) -> Tensor:
@@ -73,25 +73,30 @@ class ExpertGradientReducer:
             self._launch(len(self.launched))
 
     def _launch(self, i: int) -> None:
-        grads = []
-        for p in self.buckets[i]:
-            # it took no part in this loss, but the mean over the group needs every rank
+        bucket = self.buckets[i]
+        # where it took no part in this loss, the mean over the group still needs this rank
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        uses = grads[0].new_ones(len(bucket))  # of each, by this rank's loss
+        for number, p in enumerate(bucket):
             if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            grads.append(p.grad)
-        flat = torch.cat([g.flatten() for g in grads])
+                uses[number] = 0
+        flat = torch.cat([*(g.flatten() for g in grads), uses])
         work = dist.all_reduce(flat, group=self.mesh.edp_group, async_op=True)
-        self.launched.append((work, flat, grads))
+        self.launched.append((work, flat, bucket))
 
     @torch.no_grad()
     def _finish(self) -> None:
         while len(self.launched) < len(self.buckets):
             self._launch(len(self.launched))
-        for work, flat, grads in self.launched:
+        for work, flat, bucket in self.launched:
             work.wait()
             flat /= self.mesh.edp_size
-            for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(mean.view_as(g))
+            *means, uses = flat.split([*(p.numel() for p in bucket), len(bucket)])
+            for p, mean, used in zip(bucket, means, uses, strict=True):
+                if p.grad is not None:
+                    p.grad.copy_(mean.view_as(p))
+                elif used > 0:  # by another rank; else an optimizer leaves it out
+                    p.grad = mean.view_as(p).clone()
         self.listening = False
 
     def remove(self) -> None:

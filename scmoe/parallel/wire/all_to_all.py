@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt, Traffic
 from scmoe.moe.gather import gather
@@ -216,6 +217,7 @@ class _Start(Function):
         return transfer.launch(rows, backward=False)
 
     @staticmethod
+    @once_differentiable  # the rows of the gradient's transfer have no history
     def backward(ctx, placeholder: Tensor):
         transfer = ctx.transfer
         transfer.finish()
@@ -231,6 +233,7 @@ class _Wait(Function):
         return rows.view_as(rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         transfer = ctx.transfer
         transfer.grad = transfer.launch(grad, backward=True)

@@ -1,5 +1,5 @@
 """What all dispatchers of a rank share: its place, and the check that ranks send equally many rows
-where they announce no numbers: in training with a capacity.
+where they announce no numbers: in training with a capacity, and wherever rows are in buffers.
 
 The Strategy makes the wire before there is a model. dispatchers.py makes the dispatchers of the
 model from it.
@@ -75,10 +75,11 @@ class EvenRows:
                     f"rank {first + i}: {number}" for i, number in enumerate(sharing)
                 )
                 raise ValueError(
-                    "ranks that share experts have different numbers of tokens in a training step,"
-                    f" so they would send different numbers of rows ({numbers}); with a"
-                    " capacity_factor every rank needs as many tokens as the others. Pad all"
-                    " batches to one length, or train without a capacity (capacity_factor=None)"
+                    "ranks that share experts have different numbers of tokens in a step, so they"
+                    f" would send different numbers of rows ({numbers}); in a training with a"
+                    " capacity_factor, and with rows in buffers, every rank needs as many tokens as"
+                    " the others. Pad all batches to one length, or use dropless rows"
+                    " (capacity_factor=None) that are not in buffers"
                 )
 
 
@@ -104,7 +105,7 @@ class Wire:
         return Wire, (self.mesh,)
 
     def begin_batch(self, tensors: Iterable[Tensor]) -> None:
-        """Let the first exchanges of a training's batch be checked. Every rank must call it.
+        """Let the first exchanges of a batch be checked. Every rank must call it.
 
         tensors: those of the batch.
         """

@@ -17,10 +17,12 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.futures import Future
 
+from scmoe.api import MoE
 from scmoe.files import write_in_turn
-from scmoe.parallel.checkpoint.loading import check_same_groups
+from scmoe.parallel.checkpoint.loading import check_same_groups, check_state_of_experts
 from scmoe.parallel.checkpoint.saving import _ShardWriter
 from scmoe.parallel.checkpoint.state import (
+    Stored,
     each_in_its_own_storage,
     from_json,
     rng_states,
@@ -157,3 +159,15 @@ def test_a_checkpoint_is_written_on_the_device_of_its_rank(tmp_path, monkeypatch
     with ThreadPoolExecutor(1) as threads:
         threads.submit(writer.write_data, None, None).result()
     assert seen == [3]
+
+
+def test_state_of_all_experts_that_cannot_be_divided_is_refused():
+    moe = MoE(16, 4, ffn_dim=32)
+    number = {"0.experts.w_in_eDF": {"step": torch.ones(1), "history": [torch.ones(4)]}}
+    for fits in ({}, number, {"0.router.gate.weight": {"row_var": torch.ones(4, 1)}}):
+        check_state_of_experts(Path("x.ckpt"), moe, fits)
+    for row_var in (torch.ones(4, 16, 1), Stored("rest.0")):
+        with pytest.raises(ValueError, match="row_var of all experts"):
+            check_state_of_experts(
+                Path("x.ckpt"), moe, {"0.experts.w_in_eDF": {"row_var": row_var}}
+            )

@@ -82,3 +82,28 @@ def test_a_rank_with_all_experts_does_not_copy_their_gradients():
         ExpertGradientReducer([p], Mesh())
         p.sum().backward()
     assert not copied.called and p.grad is not None and p.grad.eq(1).all()
+
+
+def with_unused(rank: int, world_size: int) -> list[list[bool]]:
+    """Return which expert gradients of two modules there are after a loss of the first module, and
+    after one in which only rank 0 uses the second."""
+    dist.init_process_group("gloo")
+    mesh = build_mesh(1, torch.device("cpu"), timedelta(seconds=60))
+    torch.manual_seed(1)
+    first, second = (MoE(16, 4, ffn_dim=32, group=Wire(mesh)) for _ in range(2))
+    shards = [p for moe in (first, second) for _, p in expert_parameters(moe)]
+    ExpertGradientReducer(shards, mesh)
+    found = []
+    for used in (False, rank == 0):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(rank))
+        y = first(x)[0]
+        (second(y)[0] if used else y).square().mean().backward()
+        found.append([p.grad is not None for p in shards])
+        for p in shards:
+            p.grad = None
+    return found
+
+
+def test_experts_that_no_rank_has_used_have_no_gradient():
+    """An optimizer would move them by a gradient of zeros: weight decay and momentum."""
+    assert run_ranks(with_unused, 2) == [[[True, True, False, False], [True] * 4]] * 2

@@ -216,3 +216,20 @@ def test_an_error_of_rows_reaches_both_that_wait_for_them():
     for _ in range(2):
         with pytest.raises(RuntimeError, match="peer is gone"):
             rows.wait()
+
+
+def differentiated_twice(rank: int, world_size: int) -> str:
+    dist.init_process_group("gloo")
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, world_size)
+    x = torch.ones(2 * world_size, DIM, requires_grad=True)
+    pending, receipt = dispatcher.dispatch(x, None)
+    y = x + dispatcher.combine(pending.wait() ** 3, receipt).wait()
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError) as caught:
+        grad.sum().backward()
+    return str(caught.value)
+
+
+def test_a_second_derivative_through_a_transfer_is_an_error():
+    """Without it the part of the experts would be left out in silence."""
+    assert all("once_differentiable" in said for said in run_ranks(differentiated_twice, 2))
