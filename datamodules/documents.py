@@ -92,6 +92,9 @@ def text(path: Path, skip: bool = False) -> Documents:
                 raise
             skipped.append(str(error))
     if not any(documents):
+        if skipped:
+            reasons = " ".join(skipped)
+            raise ValueError(f"data.path is {path}, which has no text that can be read. {reasons}")
         raise ValueError(
             f"data.path is {path}, which has no text. Give a text, or a folder with .txt or .md"
             " files."

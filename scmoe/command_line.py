@@ -160,7 +160,7 @@ def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, in
     ConfigError."""
     numbers, others = dict[str, int](), list[str]()
     for word in words:
-        key, _, value = word.partition("=")
+        key, _, value = word.removeprefix("--").partition("=")
         if key not in names:
             others.append(word)
         elif not value.isdecimal() or int(value) < 1:

@@ -12,7 +12,7 @@ import pytest
 from experiments.bench.other_settings import InferenceSetting
 from scmoe import __version__, command_line
 from scmoe.cli.generate import Options as GenerateOptions
-from scmoe.command_line import LABORATORY, VERBS, build_app, call, verb_module
+from scmoe.command_line import LABORATORY, VERBS, build_app, call, numbers_of, verb_module
 from scmoe.config import installation
 from scmoe.config.installation import scmoe
 
@@ -199,3 +199,10 @@ def test_a_verb_of_the_laboratory_needs_this_checkout(monkeypatch, capsys, tmp_p
     (tmp_path / "experiments").mkdir()  # another one than Python finds
     assert call("bench", "layer") == 2
     assert "experiments" in capsys.readouterr().err
+
+
+def test_a_number_may_have_hyphens_as_other_words_may():
+    assert numbers_of(["--ep=2", "dp=3", "--optim.lr=1"], ("ep", "dp")) == (
+        {"ep": 2, "dp": 3},
+        ["--optim.lr=1"],
+    )

@@ -58,6 +58,9 @@ def answer(
     for look, seeds in reached.items():
         compared = [values[seed] for seed in seeds if seed in values]
         with_them = [baseline[seed] for seed in seeds if seed in baseline]
+        if not compared or not with_them:  # all runs of a row have failed
+            result = {"look": look, "n": 0, "answer": UNDECIDED}
+            continue
         result = {"look": look, **compare_at(decision, look, compared, with_them)}
         if result["answer"] != UNDECIDED:
             break

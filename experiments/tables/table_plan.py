@@ -13,6 +13,7 @@ from scmoe.config.load import load_config
 from scmoe.report import say
 from scmoe.sweeps.checks import refusal
 from scmoe.training.assembly.data import build_datamodule
+from scmoe.training.run.machine import why_not_writable
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def plan_table(table: PaperTable, options: TableOptions, overrides: Sequence[str
         table, name, options, overrides, plan_runs(table, scale, folder, seeds, overrides)
     )
     if options.to is not None:
+        if (why := why_not_writable(options.to / folder.name)) is not None:
+            raise ConfigError(f"--to cannot be written: {why}. Give another folder")
         refuse_to_overwrite(plan.runs, options.to)
     trainer = plan.runs[0].config.trainer
     ranks = trainer.devices * trainer.num_nodes

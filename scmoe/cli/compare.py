@@ -24,6 +24,14 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
             f" {scmoe('runs')} lists them."
         )
     runs = [open_run(name) for name in (run, *more)]
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if out.is_dir() or out.suffix.removeprefix(".").lower() not in formats:
+        raise ConfigError(
+            f"--out is {str(out)!r}, which is no name of a picture. Give a file such as"
+            " compare.png."
+        )
     from scmoe.runs import compare
 
     letters = compare.run_letters(runs)

@@ -29,7 +29,7 @@ def main(
     refuse_without_checkpoint(run_dir, which)
     from scmoe.config.as_yaml import to_yaml
     from scmoe.config.registry import named
-    from scmoe.parallel.checkpoint.export import consolidate
+    from scmoe.parallel.checkpoint.export import EXPORT, consolidate
     from scmoe.runs.seen import SeenRun
     from scmoe.training.assembly.data import kept_tokenizer, prepared_tokenizer
     from scmoe.training.assembly.model import build_model_on_meta
@@ -38,6 +38,10 @@ def main(
     from scmoe.weights.pretrained import model_settings
 
     out = out or run_dir / "export" / ("hf" if format == "hf" else "model.safetensors")
+    if format == "safetensors" and out.suffix != EXPORT:
+        raise ConfigError(
+            f"--out is {str(out)!r}, but only a file that ends in {EXPORT} can be loaded again"
+        )
     try:
         checkpoint = find_checkpoint(run_dir, which)
         config = checkpoint_config(checkpoint, overrides)

@@ -61,5 +61,12 @@ def _named(source: str) -> str:
 def _imported(path: Path) -> dict[str, Any]:
     """Return the names of a file, imported as a module whose folder is on Python's path."""
     path = path.resolve()
+    earlier = sys.modules.get(path.stem)
+    is_other = earlier is not None and getattr(earlier, "__file__", None) != str(path)
+    if is_other or "." in path.stem:
+        raise ConfigError(
+            f"{path} cannot be imported under the name {path.stem}, which is another module's."
+            " Rename the file."
+        )
     sys.path.insert(0, str(path.parent))
     return vars(importlib.import_module(path.stem))

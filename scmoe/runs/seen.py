@@ -30,7 +30,7 @@ from scmoe.training.run.directory import read_metrics, read_state
 
 ONE_LINE = 1000  # columns without a terminal, so that a run is a line that can be searched
 STATE_COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
-COUNTS = ("trainer.max_steps", "data.global_batch_size", "data.seq_len")
+BATCH_KEYS = ("data.global_batch_size", "data.seq_len")
 # keys that say where a run is kept, not what it computes
 NOT_COMPARED = ("name", "runs_dir", "logger.")
 
@@ -77,7 +77,9 @@ class SeenRun:
         """
         path = str(self.config_path)
         config = {**CONFIG_DEFAULTS, **flat(read_text(self.config_path), path)}
-        for key in COUNTS:
+        counts_tokens = config["trainer.max_steps"] == "null"
+        length = "trainer.max_tokens" if counts_tokens else "trainer.max_steps"
+        for key in (length, *BATCH_KEYS):
             if not config[key].isdecimal():
                 raise ConfigError(f"{path}: {key} is {show(config[key])}. It must be a number.")
         return config

@@ -135,8 +135,15 @@ class StudyJob:
 
 @contextmanager
 def hold_lock(study: Path) -> Iterator[IO[str]]:
-    """Hold the lock of a study. Raises ConfigError where another process holds it."""
-    study.mkdir(parents=True, exist_ok=True)
+    """Hold the lock of a study. Raises ConfigError where another process holds it, and where its
+    folder cannot be written."""
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+        (study / "lock").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"{study} cannot be written: {error.strerror}. Set another runs_dir"
+        ) from error
     with (study / "lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,6 +8,7 @@ else is refused before the first trial, in one line that sends the file to W&B.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,9 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
         raise refusal(f"{key}.distribution", kind, " | ".join(DISTRIBUTIONS))
     fields = DISTRIBUTIONS[kind]
     check(key, spec, {field: AXIS[field] for field in ("distribution", *fields)}, fields)
+    dates = [v for v in (spec.get("value"), *spec.get("values", ())) if isinstance(v, date)]
+    if dates:  # YAML makes one of 2026-01-01; neither JSON nor W&B has dates
+        raise ConfigError(f"{key} has the date {dates[0]}. Write it in quotes")
     if method == "grid" and kind not in GRID:
         raise refusal(f"{key}.distribution", kind, f"{' | '.join(GRID)} for method grid")
     if kind == "int_uniform" and not are_ints:

@@ -10,8 +10,10 @@ import pytest
 from experiments.engine.ranks import PRELOADED, run_ranks
 from scmoe.cli import conform
 from scmoe.command_line import call
+from scmoe.config.leaves import ConfigError
 from scmoe.conform.exam import PLACE_ALONE, Exam, pools_of
 from scmoe.conform.questions import FIRST_QUESTIONS, QUESTION_NAMES
+from scmoe.conform.source import make_of
 from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.ranks
@@ -120,3 +122,10 @@ def test_a_file_that_cannot_be_imported_ends_at_once(capfd, monkeypatch, tmp_pat
     broken.write_text("import nowhere\n", encoding="utf-8")
     code, _, err = asked(capfd, monkeypatch, f"{broken}:make", "--ranks", "1")
     assert code == 2 and "No module named 'nowhere'" in err
+
+
+def test_a_file_with_the_name_of_another_module_is_refused(tmp_path):
+    for name in ("random.py", "my.layer.py"):
+        (tmp_path / name).write_text("def make(group, weights, dtype): ...\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match="Rename the file"):
+            make_of(f"{tmp_path / name}:make")

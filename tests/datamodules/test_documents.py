@@ -72,3 +72,10 @@ def test_a_table_of_rows_is_read_by_the_name_of_its_field(tmp_path, monkeypatch)
     assert stories.content != titles.content, "each has a cache of its own"
     with pytest.raises(ValueError, match=r"no field text.* has the fields story, title"):
         hugging_face(str(tmp_path / "rows"), None)
+
+
+def test_a_text_of_which_nothing_can_be_read_names_its_files(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read: .*b\.txt cannot be read: "):
+        text(tmp_path, skip=True)

@@ -344,3 +344,23 @@ def test_a_folder_that_is_no_run_is_named_as_what_it_is(verb, tmp_path, capsys):
 def test_a_missing_run_is_reported_in_one_line(verb, name, tmp_path, capsys):
     assert call(verb, str(tmp_path / name)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_that_counts_tokens_is_read_as_others_are(tmp_path):
+    words = ("trainer.max_steps=null", "trainer.max_tokens=250")
+    run = runs.SeenRun(make_run(tmp_path, "a", *words))
+    assert run.max_steps == 4, "250 tokens in batches of 64"
+    assert run.facts()["steps"] == "4/4"
+
+
+def test_a_name_that_is_no_picture_is_refused(tmp_path, capsys):
+    run_dir = str(make_run(tmp_path, "a"))
+    for name in ("curves", "curves.foo", "."):
+        assert call("compare", run_dir, run_dir, "--out", str(tmp_path / name)) == 2
+        assert "no name of a picture" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    run_dir = make_run(tmp_path, "a")
+    assert call("report", str(run_dir), "--to", str(tmp_path)) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 right values."""
 
 import copy
+import datetime
 import math
 from pathlib import Path
 
@@ -221,3 +222,9 @@ def test_a_missing_distribution_is_inferred():
         ({"min": 1, "max": 3.0}, "uniform"),
     ):
         assert read_axis("x", spec, "random").distribution == kind
+
+
+def test_a_date_is_refused():
+    for spec in ({"value": datetime.date(2026, 1, 1)}, {"values": [datetime.date(2026, 1, 1)]}):
+        with pytest.raises(ConfigError, match=r"options\.when has the date 2026-01-01"):
+            read_axis("options.when", spec, "grid")

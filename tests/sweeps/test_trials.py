@@ -20,7 +20,9 @@ import yaml
 
 from scmoe.command_line import call
 from scmoe.config.installation import scmoe
+from scmoe.config.leaves import ConfigError
 from scmoe.sweeps import trials
+from scmoe.sweeps.jobs import hold_lock
 from tests.support.commands import ROOT, Done
 from tests.support.toy_sweep import toy_job
 
@@ -195,3 +197,9 @@ def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):
         assert call("sweep", *words) == 2
         said = capsys.readouterr()
         assert said.out == "" and len(said.err.splitlines()) == 1, words
+
+
+def test_a_study_in_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"), hold_lock(tmp_path / "file/a"):
+        pass

@@ -29,7 +29,8 @@ def refuse_impossible(setting: Setting) -> None:
         raise ConfigError(
             f"--layers is {setting.layers}, allowed: multiples of --every ({setting.every})"
         )
-    block_config("top2", setting)  # it refuses sizes that no block can have
+    for block in dict.fromkeys(["top2", *map(setting.block_of, setting.rows)]):
+        block_config(block, setting)  # it refuses sizes that the block cannot have
     if setting.tokens % setting.seq_len:
         raise ConfigError(
             f"--tokens is {setting.tokens}, allowed: multiples of --seq-len ({setting.seq_len})"

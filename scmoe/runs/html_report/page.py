@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from scmoe.config.leaves import ConfigError
 from scmoe.files import replacing
 from scmoe.report import Report
 from scmoe.runs.html_report.run_sections import sections_of_runs
@@ -36,9 +37,14 @@ def write_page(names: Sequence[str], path: Path, last: int, version: str) -> int
     content = " and ".join(f"{n} {word}{'s' * (n > 1)}" for word, n in counts.items() if n)
     title = ", ".join(clean(Path(name).resolve().name) for name in names) or "runs"
     text = html(title if len(title) <= LONGEST else content, content, sections, version)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--to is {str(path)!r}, which cannot be written: {error.strerror}. Give another file."
+        ) from error
     return path.stat().st_size
 
 

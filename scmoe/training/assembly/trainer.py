@@ -186,7 +186,13 @@ def build_trainer(
             logger=list(loggers),
             **trainer.extra,
         )
-    except (TypeError, ValueError, MisconfigurationException) as error:
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        MisconfigurationException,
+    ) as error:
         if not trainer.extra:
             raise
         raise ConfigError(

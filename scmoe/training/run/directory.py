@@ -51,9 +51,9 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     slug = slug_of(overrides)
     run_dir = root / experiment / f"{stamp}-{slug or uuid.uuid4().hex[:4]}"
-    while run_dir.exists():
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    while not made(run_dir):
         run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
-    run_dir.mkdir(parents=True)
     write_config(run_dir / "config.yaml", config_yaml)
     (run_dir / "overrides.txt").write_text(
         "".join(f"{o}\n" for o in overrides), "utf-8", "surrogateescape"
@@ -61,6 +61,16 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
     (run_dir / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
     point_latest(root, run_dir)
     return run_dir
+
+
+def made(run_dir: Path) -> bool:
+    """Make a directory, and return whether it is new: two runs may begin in the same second, and
+    only one of them makes it."""
+    try:
+        run_dir.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def slug_of(overrides: Sequence[str]) -> str:

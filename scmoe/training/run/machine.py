@@ -144,7 +144,7 @@ def _launcher(config: Config) -> Refusals:
 
 
 def _folders(config: Config) -> Refusals:
-    folders = {"runs_dir": config.runs_dir}
+    folders = {"runs_dir": str(Path(config.runs_dir) / config.name)}
     if config.data.name not in (*IMAGES, "synthetic"):
         folders["data.cache_dir"] = config.data.cache_dir
     for key, folder in folders.items():

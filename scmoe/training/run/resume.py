@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from scmoe.config.derived import max_steps, word_for_steps
+from scmoe.config.derived import last_step, max_steps, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
@@ -192,6 +192,13 @@ def resumption(
         length = word_for_steps(config, steps).replace("=", " is ")
         least = word_for_steps(config, done).partition("=")[2]
         raise ConfigError(f"{length}, but the run has done {done} steps. Give {least} or more.")
+    if last_step(config) < done:
+        limit = config.trainer.limit_train_batches
+        least = done * config.trainer.accumulate
+        raise ConfigError(
+            f"trainer.limit_train_batches is {limit}, but the run has done {done} steps. Give"
+            f" {least} or more, or null."
+        )
     return config, Resumed(run_dir, checkpoint, step)
 
 

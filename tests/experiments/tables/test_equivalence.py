@@ -84,3 +84,11 @@ def test_a_look_waits_for_every_row_and_passes_a_failed_seed():
     )
     assert found["reached"] == [16]
     assert found["rows"]["b minus a"]["n"] == 15
+
+
+def test_a_row_whose_runs_have_all_failed_is_undecided():
+    values = {"baseline": {1: 3.0, 2: 3.1}, "row": {}}
+    ended = {"baseline": [1, 2], "row": [1, 2]}
+    found = equivalences(Decision(0.01, (2, 4)), values, ended)
+    tested = found["rows"]["row minus baseline"]
+    assert (tested["n"], tested["answer"]) == (0, "undecided")

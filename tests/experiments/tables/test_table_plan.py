@@ -42,3 +42,10 @@ def test_a_table_without_its_data_set_runs_at_another_scale(tmp_path, monkeypatc
         load_table("table1", CONFIGS), TableOptions("small"), [f"runs_dir={tmp_path}"]
     )
     assert (plan.scale_name, plan.folder.name) == ("digits", "table1-digits")
+
+
+def test_a_folder_for_results_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    options = TableOptions(seeds=1, to=tmp_path / "file")
+    with pytest.raises(ConfigError, match="--to cannot be written"):
+        plan_table(load_table("table4"), options, [f"runs_dir={tmp_path}"])

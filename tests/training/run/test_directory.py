@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from hypothesis import given
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from scmoe.config.installation import scmoe
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
+from scmoe.training.run import directory
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, environment, slug_of
 from scmoe.training.run.loggers import csv_logger
 from tests.support.commands import rows_of
@@ -171,3 +174,16 @@ def test_a_run_directory_is_written_in_utf_8_in_any_locale(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path), override], check=True, env=env)
     (written,) = tmp_path.glob("x/*/overrides.txt")
     assert written.read_text(encoding="utf-8") == f"{override}\n"
+
+
+def test_runs_that_are_started_at_the_same_time_have_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(directory, "environment", dict)
+    at_once = Barrier(8)
+
+    def begin(number: int):
+        at_once.wait()
+        return [directory.create_run_dir(tmp_path, f"a{i}", ["seed=2"], "") for i in range(20)]
+
+    with ThreadPoolExecutor(8) as pool:
+        dirs = [path for paths in pool.map(begin, range(8)) for path in paths]
+    assert len({*dirs}) == 160

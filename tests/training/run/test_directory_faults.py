@@ -120,6 +120,11 @@ def test_an_export_says_which_checkpoint_it_is(which, name, finished, tmp_path, 
         assert file.metadata()["checkpoint"] == name
 
 
+def test_an_export_that_nothing_could_load_is_refused(finished, tmp_path, capsys):
+    assert call("export", str(finished), "--out", str(tmp_path / "model.bin")) == 2
+    assert "can be loaded again" in capsys.readouterr().err
+
+
 def test_an_export_replaces_no_other_config(finished, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 7\n")
     assert call("export", str(finished), "--out", str(tmp_path / "model.safetensors")) == 2
@@ -158,6 +163,7 @@ OTHERS = {
     "seed=2": "allowed: 1, as in",
     "name=other": "allowed: 'debug', as in",
     "trainer.max_steps=2": "Give 3 or more",
+    "trainer.limit_train_batches=2": "Give 3 or more",
 }
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistNetworkError
 
+from scmoe.command_line import call
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import container_memory
 from scmoe.training.assembly.rank_job import cpu_threads
+from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.run import machine
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.train import checked_model
@@ -273,3 +276,16 @@ def test_wandb_mode_decides_where_the_config_does_not(tmp_path, monkeypatch):
     assert "WANDB_MODE is 'of', allowed: online | offline | disabled" in refusal(
         tmp_path, "logger.mode=auto"
     )
+
+
+def test_a_folder_of_an_experiment_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "debug").touch()  # as a folder of another user
+    assert call("train", "debug", f"runs_dir={tmp_path}") == 2
+    assert "This folder cannot be written" in capsys.readouterr().err
+
+
+def test_what_lightning_raises_for_an_argument_is_one_line():
+    for word in ("max_time=60", "benchmark=x"):
+        config = load_config("debug", [f"trainer.extra.{word}", "trainer.deterministic=false"])
+        with pytest.raises(ConfigError, match=r"does not take trainer\.extra"):
+            build_trainer(config, [], [])

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from experiments.bench.overlap import rounds, speedups, timeline
+from experiments.bench.overlap.refusals import refuse_impossible
 from experiments.bench.row import from_json
 from experiments.bench.setting import Setting
 from experiments.engine import links
 from experiments.engine.ranks import run_ranks
 from experiments.simulate.reports import read_reports
+from scmoe.config.leaves import ConfigError
 from scmoe.planning import planner
 from tests.support.commands import called, run
 
@@ -245,3 +247,9 @@ def test_bench_overlap_with_two_batches_in_flight(tiny_on_loopback, tmp_path):
     assert one["auto_of_both"]["over_best"] > 0 and "auto_of_both" not in two
     (picture,) = tmp_path.glob("*.png")
     assert picture.stem.endswith("-layers-2")
+
+
+def test_more_routed_experts_than_there_are_are_refused_before_a_measurement():
+    for setting in (Setting(top_k=100), Setting(num_experts=2, rows=("top2", "top3"))):
+        with pytest.raises(ConfigError, match=r"moe\.top_k is"):
+            refuse_impossible(setting)
