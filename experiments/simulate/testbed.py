@@ -116,13 +116,13 @@ def simulate_testbed(folder: Path) -> dict[str, Any]:
             {"check": name, **cell.to_json()} for name, each in cells.items() for cell in each
         ],
         "checks": summaries,
-        "max_error_unseen": of_each(summaries, "worst"),
-        "null_errors": of_each(summaries, "nulls"),
+        "max_error_unseen": figure_by_check(summaries, "worst"),
+        "null_errors": figure_by_check(summaries, "nulls"),
         "not_measured": {check.name: check.commands for check in CHECKS if not cells[check.name]},
     }
 
 
-def of_each(
+def figure_by_check(
     summaries: Mapping[str, Mapping[str, Mapping[str, Any]]], name: str
 ) -> dict[str, dict[str, Any]]:
     """Return one figure of each check and quantity."""

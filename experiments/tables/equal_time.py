@@ -37,7 +37,7 @@ class Speed(NamedTuple):
 EQUAL = Speed(1.0, 1.0, 1.0)
 
 
-def at_equal_time(
+def compare_at_equal_time(
     table: PaperTable, done: Sequence[Run], speeds: Mapping[float, Report]
 ) -> dict[str, dict[str, Any]]:
     """Return {share of communication, as text: {comm_share, two_batches, rows}}. two_batches:

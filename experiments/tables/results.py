@@ -14,7 +14,7 @@ from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
-from experiments.tables.equal_time import Report, at_equal_time
+from experiments.tables.equal_time import Report, compare_at_equal_time
 from experiments.tables.equivalence import equivalences
 from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Metric, PaperTable, TableRow
@@ -49,7 +49,7 @@ def results(table: PaperTable, scale: str, runs: Sequence[Run], command: str) ->
         **_circumstances(runs),
         "speeds": {f"{share:g}": _of_testbed(report) for share, report in speeds.items()},
         "rows": rows,
-        "equal_time": at_equal_time(table, done, speeds),
+        "equal_time": compare_at_equal_time(table, done, speeds),
     }
     if table.decision is not None:
         values = {row.name: columns[first.name][row.name]["ours"]["by_seed"] for row in table.rows}

@@ -58,19 +58,19 @@ class Plain:
     def __call__(self, weights: Weights, x_TD: Tensor) -> Tensor:
         if self.projection:
             x_TD = x_TD @ weights.projection.T
-        outputs = [self.of_token(weights, x_D) for x_D in x_TD]
+        outputs = [self.token_output(weights, x_D) for x_D in x_TD]
         return torch.stack(outputs) if outputs else x_TD
 
-    def of_token(self, weights: Weights, x_D: Tensor) -> Tensor:
+    def token_output(self, weights: Weights, x_D: Tensor) -> Tensor:
         scores_E = SCORES[self.score](weights.router @ x_D)
         kept = scores_E.topk(TOP_K).indices.tolist()
         total = sum(scores_E[i] for i in kept) if self.normalise else 1.0
         y_D = torch.zeros_like(x_D)
         for i in kept:
-            y_D = y_D + scores_E[i] / total * self.of_expert(weights.experts[i], x_D)
+            y_D = y_D + scores_E[i] / total * self.expert_output(weights.experts[i], x_D)
         return y_D
 
-    def of_expert(self, expert: dict[str, Tensor], x_D: Tensor) -> Tensor:
+    def expert_output(self, expert: dict[str, Tensor], x_D: Tensor) -> Tensor:
         if self.activation == "identity":
             return x_D
         up_F = expert["up"] @ x_D

@@ -84,7 +84,7 @@ class Seat:
         """Return what a loss is multiplied by, so that gradients are those of the sum."""
         return self.parts(layer) if layer.average else 1.0
 
-    def of_all_ranks(self, own: Any) -> list[Any]:
+    def gather(self, own: Any) -> list[Any]:
         values: list[Any] = [None] * self.group.size
         dist.all_gather_object(values, own)
         return values
@@ -203,7 +203,7 @@ def clipped(seat: Seat) -> Record:
     before = gradients_of(layer)
     squares: dict[str, float] = {}
     local_squares = {name: t.double().square().sum().item() for name, t in before.items()}
-    for squares_of_rank in seat.of_all_ranks(local_squares):
+    for squares_of_rank in seat.gather(local_squares):
         squares |= squares_of_rank
     norm = math.sqrt(sum(squares.values()))
     returned = float(hook(layer, "clip")(LIMIT))
@@ -248,7 +248,7 @@ def after_steps(seat: Seat) -> Record:
     if balance:
         record["balance"] = balance[0]  # that of the weights that were given
         replicas["balance loss"] = balance[-1]
-    of_rank_0 = seat.of_all_ranks(replicas)[0]
+    of_rank_0 = seat.gather(replicas)[0]
     for name, tensor in replicas.items():
         record[f"replica/{name}"] = tensor
         record[f"expected replica/{name}"] = of_rank_0[name]
@@ -324,7 +324,7 @@ def padded_rows(seat: Seat) -> Record:
     problem = seat.problem(layer)
     rows = hook(layer, "rows")
     masked(seat, layer, problem)
-    total = sum(seat.of_all_ranks(int(rows())))
+    total = sum(seat.gather(int(rows())))
     return {"rows": torch.tensor(float(total)), "expected rows": torch.tensor(TOKENS * TOP_K * 1.0)}
 
 

@@ -25,13 +25,13 @@ def shortlist(priced: Mapping[int, Sequence[ModelChoice]]) -> list[ModelChoice]:
     """
     best = [candidates[0] for candidates in priced.values()]
     assert len(best) <= CANDIDATES
-    others = by_price(choice for choices in priced.values() for choice in choices[1:])
+    others = sorted_by_price(choice for choices in priced.values() for choice in choices[1:])
     highest = NEAR * min(choice.predicted for choice in best)
     near = [choice for choice in others if choice.predicted <= highest]
     return best + near[: CANDIDATES - len(best)]
 
 
-def by_price(choices: Iterable[ModelChoice]) -> list[ModelChoice]:
+def sorted_by_price(choices: Iterable[ModelChoice]) -> list[ModelChoice]:
     """Return the choices in the order of their prices."""
     return sorted(choices, key=lambda choice: choice.predicted)
 
@@ -52,7 +52,7 @@ def shortlist_in_flight(
     if 2 not in numbers:
         return one
     two = {
-        chunks: by_price(choice.in_two_batches for choice in choices)
+        chunks: sorted_by_price(choice.in_two_batches for choice in choices)
         for chunks, choices in priced.items()
     }
     best, *others = two.pop(min(two))
@@ -60,7 +60,7 @@ def shortlist_in_flight(
     gaining = [choices[0] for choices in two.values() if choices[0].predicted <= highest]
     near = [choice for choice in others if choice.predicted <= NEAR * best.predicted]
     room = CANDIDATES_IN_HALVES if one else CANDIDATES
-    return one + [best, *by_price(gaining), *near][:room]
+    return one + [best, *sorted_by_price(gaining), *near][:room]
 
 
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:

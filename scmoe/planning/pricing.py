@@ -53,7 +53,7 @@ class Sample(NamedTuple):
         """Return the medians over the first dimension."""
         return Sample(*(seconds.median(0).values for seconds in self))
 
-    def of_layer(self, layer: int) -> "Sample":
+    def at_layer(self, layer: int) -> "Sample":
         return Sample(*(seconds[layer] for seconds in self))
 
 
@@ -206,7 +206,7 @@ def price(
         seconds[chunks] = median._replace(operators_dO=operators_L2O, before_d=every_step.before_d)
     layers = []
     for layer, schedule in enumerate(configured):
-        of_layer = {chunks: sample.of_layer(layer) for chunks, sample in seconds.items()}
+        of_layer = {chunks: sample.at_layer(layer) for chunks, sample in seconds.items()}
         layers.append(price_layer(of_layer, schedule, fixed))
     candidates = {}
     for chunks in samples:

@@ -28,7 +28,7 @@ from scmoe.predict.simulated_step import (
     simulate_forward,
     simulate_step,
 )
-from scmoe.predict.timed_blocks import at_schedule, blocks_on, update_seconds
+from scmoe.predict.timed_blocks import blocks_on, reschedule, update_seconds
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.play import TRANSFERS, Load
 from scmoe.schedule.schedule import Schedule
@@ -125,7 +125,7 @@ class Simulator:
         """Return the time of a step, or of a forward pass; under a load the mean over its steps.
         few: of some blocks only."""
         blocks, head = self.blocks(model, choice.ep_size)
-        blocks = at_schedule(blocks, choice.schedule)
+        blocks = reschedule(blocks, choice.schedule)
         top_ks = [layer.top_k for layer in model.costs.layers]
         if few:
             spread = [

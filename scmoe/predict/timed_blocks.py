@@ -110,7 +110,7 @@ def blocks_on(machine: Machine, costs: Costs, sizes: JobSizes) -> tuple[list[Blo
     return [timing.with_hand_over(first), *others], timing.head([first, *others])
 
 
-def at_schedule(blocks: Sequence[Block], wanted: Schedule) -> list[Block]:
+def reschedule(blocks: Sequence[Block], wanted: Schedule) -> list[Block]:
     """Return the blocks with a slot and chunks. Blocks of another architecture than the wanted one,
     such as those of SwinV2's last stage, keep theirs; one with a shorter window has its last
     slot. Equal blocks stay one object."""

@@ -87,7 +87,7 @@ def test_measured_times_are_those_of_the_operators():
     x_BSD = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)
     block(x_BSD).y_BSD.sum().backward()
     with patch.object(pricing, "gather", lambda times, group: times[None]):  # one rank
-        times = measured([recorder], [schedule], None).of_layer(0)
+        times = measured([recorder], [schedule], None).at_layer(0)
     rows = 6 * 2  # slots: capacity 2 of 6 tokens for 6 experts
     least = {
         "mlp": 4e-3,

@@ -14,7 +14,7 @@ from scmoe.predict.cluster import read_profile
 from scmoe.predict.compared_models import architectures, rank_shares
 from scmoe.predict.judged_job import Request
 from scmoe.predict.operator_costs import OUTSIDE, Kernel
-from scmoe.predict.timed_blocks import JobSizes, at_schedule, blocks_on, fused, update_seconds
+from scmoe.predict.timed_blocks import JobSizes, blocks_on, fused, reschedule, update_seconds
 from scmoe.schedule.play import BEFORE
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
@@ -105,7 +105,7 @@ def test_a_rank_of_many_reads_fewer_experts_and_all_its_rows(counted):
     assert alone.times.forward["dispatch"] == 0 < eight.times.forward["dispatch"]
     assert eight.least.forward["experts"] == pytest.approx(alone.least.forward["experts"] / 8)
     assert eight.times.forward["attention"] == alone.times.forward["attention"]
-    moved = at_schedule([alone, alone], Schedule("scmoe", "pos2", 3, 4))
+    moved = reschedule([alone, alone], Schedule("scmoe", "pos2", 3, 4))
     assert moved[0] is moved[1] and moved[0].schedule.slot == 3
 
 

@@ -135,7 +135,7 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
     for row, config in configs.items():
         rows[row] = trained_row(config, measured, row, setting.rows[0])
         if setting.load is not None:
-            rows[row] = replace(rows[row], at_load=measured.at_load(row, imbalances[row]))
+            rows[row] = replace(rows[row], at_load=measured.uneven_training(row, imbalances[row]))
     report: dict[str, Any] = {
         "setting": asdict(setting),
         "config": setting.config,
@@ -187,7 +187,7 @@ class MeasuredTrainings(NamedTuple):
     times: dict[tuple[str, str], Any]
     results: dict[tuple[str, str], dict[str, Any]]
 
-    def at_load(self, row: str, imbalances: Mapping[str, float]) -> UnevenTraining:
+    def uneven_training(self, row: str, imbalances: Mapping[str, float]) -> UnevenTraining:
         """Return what the load costs a row. imbalances: how uneven it makes the row's routing."""
         over = self.times[row, LINKS][0] / self.times[row, BALANCED_LINKS][0]
         return UnevenTraining(median(over), self.results[row, LINKS]["dropped"], **imbalances)
