@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -165,17 +166,24 @@ def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor
     group: the ranks whose batches make the global batch, each of which calls this; a `Wire`: all
     ranks; None: this process alone. The mean over the ranks is the loss of the global batch.
     """
-    sums_LE2 = _global_sums(stats, group)
-    return balance.load_balance_loss([*stats], sums_LE2, wire_of(group).mesh.world_size)
+    world_size = wire_of(group).mesh.world_size
+    # one by one, because routers and numbers of experts may differ between modules
+    losses = [
+        balance.load_balance_loss([of_module], sums_E2[None], world_size)
+        for of_module, sums_E2 in zip(stats, _global_sums(stats, group), strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
-def _global_sums(stats: Sequence[RouterStats], group: Any) -> Tensor:
-    """Return the routers' integer sums, added up over the ranks of a group or wire."""
-    sums_LE2 = balance.integer_sums([*stats])
+def _global_sums(stats: Sequence[RouterStats], group: Any) -> list[Tensor]:
+    """Return each router's integer sums, added up over the ranks of a group or wire."""
+    sums = [balance.integer_sums([of_module])[0] for of_module in stats]
     wire = wire_of(group)
     if wire.mesh.world_size > 1:
-        dist.all_reduce(sums_LE2, group=None if group is wire else group)
-    return sums_LE2
+        all_sums = torch.cat(sums)
+        dist.all_reduce(all_sums, group=None if group is wire else group)
+        sums = [*all_sums.split([len(sums_E2) for sums_E2 in sums])]
+    return sums
 
 
 def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:

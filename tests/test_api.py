@@ -314,3 +314,41 @@ def test_the_example_of_torchrun_learns_on_both_ranks():
             for rank in "01"
         ]
         assert all(re.search(r"step 19: loss 0\.0", rank.result()) for rank in ranks)
+
+
+def test_biases_of_a_bare_module_and_of_nested_ones_move_by_their_own_load():
+    torch.manual_seed(0)
+    first, last = (scmoe.MoE(16, 4, 1, router="deepseek") for _ in range(2))
+    (_, of_first), (_, of_last) = (moe(torch.randn(2, 8, 16)) for moe in (first, last))
+    assert of_first.counts_E.tolist() != of_last.counts_E.tolist()
+
+    scmoe.move_biases(first, [of_first])
+    moved = first.router.bias.weight.clone()
+    assert moved.any()
+
+    nn.init.zeros_(first.router.bias.weight)
+    scmoe.move_biases(nn.Sequential(nn.Sequential(first), last), [of_first, of_last])
+    assert torch.equal(first.router.bias.weight, moved)
+
+
+def test_modules_with_other_routers_and_other_experts_have_the_mean_of_their_losses():
+    torch.manual_seed(0)
+    modules = nn.ModuleList(
+        [scmoe.MoE(16, 4, 2), scmoe.MoE(16, 4, 2, router="deepseek"), scmoe.MoE(16, 8, 2)]
+    )
+    stats = [moe(torch.randn(2, 8, 16))[1] for moe in modules]
+    alone = torch.stack([scmoe.load_balance_loss([of_module]) for of_module in stats])
+    torch.testing.assert_close(scmoe.load_balance_loss(stats), alone.mean())
+    scmoe.move_biases(modules, stats)
+    assert modules[1].router.bias.weight.any()
+
+
+def test_two_gates_of_one_expert_are_refused():
+    with pytest.raises(ValueError, match="num_experts is 1, allowed"):
+        scmoe.ScMoEBlock(16, 2, num_experts=1, top_k=1, shortcut="dgmoe")
+
+
+def test_a_single_token_has_the_output_that_it_has_in_a_batch():
+    moe, x_D = scmoe.MoE(16, 4, 2), torch.randn(16)
+    y_D, stats = moe(x_D)
+    assert torch.equal(y_D, moe(x_D[None])[0][0]) and int(stats.num_tokens) == 1

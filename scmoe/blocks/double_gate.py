@@ -46,6 +46,11 @@ class DoubleGateBlock(MoEBlock):
             raise ValueError(
                 f"top_k is {self.moe.router.top_k}, allowed where an MoE module gates twice: 1"
             )
+        if self.distinct_experts and self.moe.router.num_ids < 2:
+            raise ValueError(
+                "num_experts is 1, allowed where an MoE module gives each token two experts: 2 or"
+                " more"
+            )
 
     def forward(
         self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None

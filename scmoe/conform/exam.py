@@ -202,7 +202,11 @@ class Exam:
         return Answer("failed", difference, where) if difference else Answer("passed")
 
     def _raises(self, place: str) -> Answer:
-        """Let one rank raise; all others must end in time."""
+        """Let one rank raise; all others must end in time. The layer must work where none
+        raises."""
+        usual = self._play("whole", place)
+        if usual.outcome != "played":
+            return Answer(usual.outcome, why=usual.why)
         pool = self.pools[place]
         played = pool.ask(self._asked("raising"), self.limit_s, grace_s=self.limit_s)
         if played.outcome == "not asked":

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30  # above 0: logits over a smaller one exceed float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,9 +34,11 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        is_usable = LEAST_TEMPERATURE <= self.temperature < float("inf")
+        if self.temperature != 0 and not is_usable:
             raise ValueError(
-                f"temperature is {self.temperature:g}, allowed: 0 (the likeliest token) or more"
+                f"temperature is {self.temperature:g}, allowed: 0 (the likeliest token), or"
+                f" {LEAST_TEMPERATURE:g} or more"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, allowed: 1 or more, or none for all tokens")

@@ -26,6 +26,7 @@ class GuardedUpdate:
 
     def __init__(self, plugin: Any, module: nn.Module, mesh: Mesh) -> None:
         check_precision(plugin)
+        check_optimization(module, mesh)
         self.plugin = plugin
         self.original = type(plugin)
         self.module = module
@@ -118,6 +119,19 @@ def check_precision(plugin: Any) -> None:
         raise ValueError(
             f"trainer.precision is {plugin.precision}, allowed: {allowed}; float16 has too small a"
             " range"
+        )
+
+
+def check_optimization(module: Any, mesh: Mesh) -> None:
+    """Raise ValueError for a module that calls backward itself where dense weights are split.
+
+    Its backward runs inside FSDP's outermost forward. Gradients of the weights outside of blocks
+    would then be summed by chance only, and a second forward in the step would find split weights.
+    """
+    if mesh.dense_mesh is not None and not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} has automatic_optimization=False, which is not supported"
+            " where dense weights are split. Use dense='replicated'"
         )
 
 

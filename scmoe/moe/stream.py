@@ -15,6 +15,7 @@ waits for the last one. In a compiled block the verbs themselves are not compile
 shapes depend on the data.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ class MoEStream(Operators):
         rows, each with its own transfers, so that one's experts hide another's transfer.
         excluded_T1: an expert that each token must not go to (DGMoE).
         """
-        x_TD = tap_BSD.flatten(0, -2)
+        x_TD = tap_BSD.reshape(-1, tap_BSD.shape[-1])
         mask_T = None if mask_BS is None else mask_BS.flatten()
         routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
         announced = None if layout.counts_PE is None else self.dispatcher.announce(layout.counts_PE)
@@ -179,20 +180,14 @@ class dropless:
         return [stream.arrange_as(each) for stream, each in zip(self.streams, rows, strict=True)]
 
 
-def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
+def move_biases(model: nn.Module, sums_LE2: Tensor | Sequence[Tensor]) -> None:
     """Move the selection bias of each router by the load of a step.
 
     sums_LE2: `integer_sums` over ranks and batches. A module that several blocks share
     (DGMoE-Share) moves once, by the load of all of them. Raises ValueError if custom blocks return
     sums for a different number of MoE modules than they contain.
     """
-    parents = [module for module in model.modules() if not isinstance(module, MoEStream)]
-    routers = [
-        child.router
-        for module in parents
-        for child in module.children()
-        if isinstance(child, MoEStream)
-    ]
+    routers = [stream.router for stream in _streams(model, set())]
     if all(router.bias is None for router in routers):
         return
     if len(routers) != len(sums_LE2):
@@ -206,6 +201,20 @@ def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
         sums_E2 = torch.stack(uses).sum(0)
         if router.bias is not None:
             router.bias.move(sums_E2[:-2], sums_E2[-2] * router.top_k)
+
+
+def _streams(module: nn.Module, seen: set[nn.Module]) -> list[MoEStream]:
+    """Return the MoE modules of a module in their order. One that several modules hold
+    (DGMoE-Share) comes once for each of them.
+
+    seen: other modules whose MoE modules are listed already; it is extended.
+    """
+    if isinstance(module, MoEStream):
+        return [module]
+    if module in seen:
+        return []
+    seen.add(module)
+    return [stream for child in module.children() for stream in _streams(child, seen)]
 
 
 def from_zero_experts(x_TD: Tensor, routing: Routing, num_experts: int) -> Tensor:

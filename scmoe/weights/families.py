@@ -270,7 +270,7 @@ def latent_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any]
     }
     is_yarn = flat["rope_type"] == "yarn"
     if is_yarn:
-        allowed |= {**YARN, "attention_factor": None}
+        allowed |= {**YARN, "attention_factor": None, "truncate": True}
         flat = {"original_max_position_embeddings": config.get("max_position_embeddings"), **flat}
         flat = {"mscale": None, "mscale_all_dim": None, **flat}
     else:

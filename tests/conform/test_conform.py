@@ -12,7 +12,8 @@ from scmoe.cli import conform
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.conform.exam import PLACE_ALONE, Exam, pools_of
-from scmoe.conform.questions import FIRST_QUESTIONS, QUESTION_NAMES
+from scmoe.conform.questions import FIRST_QUESTIONS, QUESTION_NAMES, RAISES
+from scmoe.conform.rank_pool import Played
 from scmoe.conform.source import make_of
 from tests.support.pages import ROOT
 
@@ -129,3 +130,16 @@ def test_a_file_with_the_name_of_another_module_is_refused(tmp_path):
         (tmp_path / name).write_text("def make(group, weights, dtype): ...\n", encoding="utf-8")
         with pytest.raises(ConfigError, match="Rename the file"):
             make_of(f"{tmp_path / name}:make")
+
+
+class Crashing:
+    """A pool of ranks on which a layer cannot even be made."""
+
+    def ask(self, asked, limit_s, grace_s=0.0):
+        return Played("crashed", why="rank 0: ValueError")
+
+
+def test_a_layer_that_cannot_be_made_does_not_pass_by_raising():
+    pools = {PLACE_ALONE: Crashing(), "2": Crashing()}
+    answers = Exam("layer.py:make", "float64", pools, ["2"], [RAISES], 1.0, lambda *_: None).run()
+    assert answers[RAISES]["2"].answer == "crashed"

@@ -334,3 +334,13 @@ def test_a_text_on_the_screen_begins_without_blank_lines(text):
     first = next((line for line in text.split("\n") if line.strip()), "")
     assert "".join(pieces).strip() == text.strip() and "".join(pieces).startswith(first)
     assert "".join(pieces)[:1] != "\n"
+
+
+def test_a_temperature_either_chooses_a_token_of_the_vocabulary_or_is_refused():
+    logits_BV = 10 * torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    had_BV = torch.zeros(3, 10, dtype=torch.bool)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    chosen_B = choose(logits_BV, Sampling(temperature=1e-30), had_BV, generators)
+    assert torch.equal(chosen_B, logits_BV.argmax(-1))
+    with pytest.raises(ValueError, match="temperature is 1e-38"):
+        Sampling(temperature=1e-38)

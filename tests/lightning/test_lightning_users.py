@@ -474,3 +474,29 @@ def fit_fused(rank: int, world_size: int, algorithm: str) -> float:
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_a_fused_optimizer_can_be_clipped_in_bf16(algorithm):
     assert all(0 < value <= 1.001e-4 for value in run_ranks(fit_fused, 2, algorithm))
+
+
+class ByHand(Model):
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def fit_by_hand(rank: int, world_size: int) -> str:
+    strategy = ExpertParallelStrategy(1, dense="sharded")
+    try:
+        users_trainer(world_size, strategy, max_steps=1).fit(ByHand(), data())
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_manual_optimization_is_refused_where_dense_weights_are_split():
+    """Gradients of weights outside of blocks would not be summed over ranks."""
+    assert all("automatic_optimization=False" in said for said in run_ranks(fit_by_hand, 2))

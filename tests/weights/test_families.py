@@ -23,6 +23,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_model_on_meta, build_model_to_train
 from scmoe.weights import pretrained
+from scmoe.weights.families import READERS
 from scmoe.weights.hf_folder import write_folder
 from scmoe.weights.pretrained import read_hf
 from tests.support.exports import write_checkpoint
@@ -429,3 +430,15 @@ def test_another_model_is_refused_by_name(case, changes, words, said, folders, t
     with pytest.raises(ValueError, match="init_from is ") as raised:
         build_model_to_train(config_of(case, folder, *words))
     assert said in str(raised.value)
+
+
+def test_a_ramp_of_yarn_that_is_not_rounded_is_refused():
+    rope = {"q_lora_rank": 6, "rope_parameters": YARN | {"truncate": False}}
+    _, problems, _ = READERS["deepseek_v3"](DEEPSEEK | rope)
+    assert problems == ["truncate is False, allowed: True"]
+
+
+def test_groups_of_experts_that_a_config_leaves_out_are_those_of_transformers():
+    config = {key: value for key, value in DEEPSEEK.items() if not key.endswith("_group")}
+    _, problems, _ = READERS["deepseek_v3"](config | {"q_lora_rank": 6})
+    assert problems == ["n_group is 8, allowed: 1", "topk_group is 4, allowed: 1"]

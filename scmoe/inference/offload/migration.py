@@ -203,8 +203,9 @@ def check(way: str, slots: int, top_k: int, num_experts: int) -> None:
             " resident"
         )
     guesses = top_k if way == "speculative" else 0
-    if not top_k + guesses <= slots <= num_experts:
+    least = min(top_k + guesses, num_experts)  # with room for all, every guess has a slot
+    if not least <= slots <= num_experts:
         why = f"a token needs {top_k} expert(s) of a layer"
         if guesses:
             why += f", and {guesses} guessed of the next"
-        raise ValueError(f"slots is {slots}, allowed: {top_k + guesses} to {num_experts}, as {why}")
+        raise ValueError(f"slots is {slots}, allowed: {least} to {num_experts}, as {why}")

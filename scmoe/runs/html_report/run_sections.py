@@ -3,6 +3,7 @@
 Pictures of a run are those that it has drawn; losses are drawn as `scmoe compare` draws them.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
@@ -46,7 +47,7 @@ def sections_of_runs(runs: Sequence[SeenRun], clean: Cleaner) -> list[Section]:
     run; nothing without a run."""
     if not runs:
         return []
-    names = {run.path: clean("/".join(run.path.parts[-2:])) for run in runs}
+    names = names_of(runs, clean)
     sections = [overview(runs, names, clean)]
     by_folder = sorted(runs, key=lambda run: str(run.path.parent))
     for i, (folder, members) in enumerate(groupby(by_folder, lambda run: run.path.parent), 1):
@@ -54,6 +55,14 @@ def sections_of_runs(runs: Sequence[SeenRun], clean: Cleaner) -> list[Section]:
     for i, run in enumerate(runs, 1):
         sections += sections_of_run(run, names[run.path], f"run-{i}", clean)
     return sections
+
+
+def names_of(runs: Sequence[SeenRun], clean: Cleaner) -> dict[Path, str]:
+    """Return the last two folders of each run's path; the whole path where several runs have the
+    same two."""
+    short = {run.path: "/".join(run.path.parts[-2:]) for run in runs}
+    times = Counter(short.values())
+    return {path: clean(str(path) if times[name] > 1 else name) for path, name in short.items()}
 
 
 def overview(runs: Sequence[SeenRun], names: Mapping[Any, str], clean: Cleaner) -> Section:

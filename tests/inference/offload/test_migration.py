@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scmoe.inference.offload import migration
 from scmoe.inference.offload.cache import Cache, FileReader, PinnedCopies
 from scmoe.inference.offload.migration import WAYS, Fetching, offload_experts
-from scmoe.inference.offload.store import Store, expert_layers
+from scmoe.inference.offload.store import Store, expert_layers, write_store
 from scmoe.moe.dispatcher import ChunkCounts
 from scmoe.runs import trained
 from tests.support.architectures import (
@@ -25,7 +25,7 @@ from tests.support.architectures import (
 )
 from tests.support.cases import ROUTERS
 from tests.support.exports import export
-from tests.support.models import tiny, tiny_batch
+from tests.support.models import tiny, tiny_batch, tiny_model
 from tests.support.offloading import DROPLESS, Late, stored
 
 pytestmark = pytest.mark.inference
@@ -265,3 +265,13 @@ def test_on_a_gpu_every_way_gives_the_same_bits(tmp_path):
                 found.append(offloaded(ids).logits_BSV)
     assert all(torch.equal(y, found[0]) for y in found)
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)  # products in TF32 at most
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_that_needs_all_experts_of_the_model_has_every_way(way, tmp_path):
+    words = ("model.layers=2", DROPLESS, "moe.num_experts=3", "moe.top_k=3")
+    model, path = tiny_model(tiny(*words), torch.float32, 0).eval(), tmp_path / "store.safetensors"
+    write_store(path, model)
+    expected = logits(model)
+    with offload_experts(model, path, way=way):
+        assert equal(logits(model), expected)

@@ -13,7 +13,9 @@ from scmoe import __version__
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.runs.html_report import run_sections
+from scmoe.runs.html_report.cleaner import Cleaner
 from scmoe.runs.html_report.page import write_page
+from scmoe.runs.seen import SeenRun
 from tests.support import reported
 
 pytest.importorskip("matplotlib")
@@ -260,3 +262,12 @@ def luminance(color: str) -> float:
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_runs_of_one_name_in_two_folders_have_a_row_each(tmp_path):
+    runs = [SeenRun(reported.write_run(tmp_path / folder)) for folder in ("a", "b")]
+    for run in runs:
+        (run.path / "metrics.csv").unlink()  # no losses are drawn
+    overview = run_sections.sections_of_runs(runs, Cleaner([]))[0]
+    (table,) = overview.tables
+    assert len(table.cells()) == len(overview.links) == 2
