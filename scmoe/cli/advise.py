@@ -47,8 +47,7 @@ COLUMNS_OF_VERDICT = {
 
 def main(config: str, /, *words: KeyValue) -> None:
     """Say whether a shortcut would pay on a cluster: every number of ranks that may share the
-    experts is tried, each architecture at its best, and a verdict in three steps. Nothing is
-    trained.
+    experts is tried, each architecture at its best, and a verdict in three steps.
 
     The last line of standard output is JSON. Any one key may have several values, such as
     samples=1,2,4: a line each, and a picture in runs/advise.png.
@@ -58,11 +57,12 @@ def main(config: str, /, *words: KeyValue) -> None:
         words: cluster=NAME: a profile of configs/cluster, a file, or measure, which measures this
             machine. ranks=N (default: all of the cluster). ep=N: only this number of ranks shares
             the experts. samples=N of a rank in one batch (default: as CONFIG has it; a preset has
-            16,384 tokens or 128 images in a step). measured_step_ms=MS of the model of CONFIG
-            with sequential transfers, or measured=FILE: a plan.json, a bench's report or a trace.
-            stage_layers=N of a pipeline's stage, tensor_parallel=N, copies=node (one row of a
-            token for each node), wire=fp8, repeat_transfers=true with trainer.recompute,
-            prefill=true, top1=true, load=KIND, cluster.KEY=NUMBER, and key=value of CONFIG
+            16,384 tokens or 128 images in a step). measured_step_ms=MS of CONFIG with one batch in
+            flight, sequential if it is standard top-k, or measured=FILE: a plan.json, a bench's
+            report or a trace. stage_layers=N of a pipeline's stage, tensor_parallel=N, copies=node
+            (one row of a token for each node), wire=fp8, repeat_transfers=true with
+            trainer.recompute, prefill=true, top1=true, load=KIND, cluster.KEY=NUMBER, and
+            key=value of CONFIG
     """
     listed = [word for word in words if is_list(word)]
     if len(listed) > 1:
@@ -229,6 +229,7 @@ def facts_of(
             "cluster": profile.name,
             "ranks": job.sizes.ranks * job.sizes.stages,
             "tokens": job.tokens,
+            "unit": "images" if job.config.model.family == "swin" else "tokens",
             "samples": job.samples,
             "batches": job.accumulate,
             "tokens_of_batch": tokens_of_batch(advice.rows[advice.standard].model, job),
@@ -307,11 +308,12 @@ def show(facts: Mapping[str, Any]) -> None:
     batches = f" in {job['batches']} batches" if job["batches"] > 1 else ""
     what = "a prompt's pass" if job["prefill"] else "a step"
     title = (
-        f"{job['config']} on {job['cluster']}: {job['ranks']} ranks, {job['tokens']:,} tokens in"
-        f" {what}{batches}, load {job['load']}. Predicted."
+        f"{job['config']} on {job['cluster']}: {job['ranks']} ranks, {job['tokens']:,}"
+        f" {job['unit']} in {what}{batches}, load {job['load']}. Predicted."
     )
     rows = {name: {**row, **in_words(row)} for name, row in facts["rows"].items()}
-    Report(title, rows, COLUMNS, "row").show()
+    columns = {name.replace("tokens", job["unit"]): each for name, each in COLUMNS.items()}
+    Report(title, rows, columns, "row").show()
     verdict = {ADDED[name]: step for name, step in facts["verdict"].items()}
     Report("Verdict", verdict, COLUMNS_OF_VERDICT, "what is added").show()
     for implied in facts["implied"]:

@@ -182,7 +182,8 @@ def what_to_do(
             chosen = step.row
             paying.append(name)
     ep_size = rows[chosen].choice.ep_size
-    inside = ep_size <= profile.ranks_per_node < job.sizes.ranks
+    node = profile.ranks_per_node
+    inside = node < job.sizes.ranks and node % ep_size == 0
     where = f"Keep EP {ep_size} in the node" if inside else f"Use EP {ep_size}"
     if ep_size == 1:
         where = "Keep all experts on each rank (EP 1)" if len(job.ep_sizes) > 1 else "EP is 1"

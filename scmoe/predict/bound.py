@@ -149,9 +149,10 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
     copies = (job.dp_size if is_expert else job.ranks) // shards
     if job.dense == "replicated":
         if copies > 1:
-            sent["all_reduce edp" if is_expert else "all_reduce all"] += (
-                2 * split.held(p) * split.bytes_of(p)
-            )
+            # beside an expert's gradient travels whether this rank has used it
+            numbers = split.held(p) + (1 if is_expert else 0)
+            group = "edp" if is_expert else "all"
+            sent[f"all_reduce {group}"] += 2 * numbers * split.bytes_of(p)
         return
     mesh = "exact" if job.precision.startswith("bf16") and p in split.exact else "dense"
     group = "edp" if is_expert else f"{mesh}-shards"

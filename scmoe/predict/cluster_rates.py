@@ -114,9 +114,8 @@ class Machine:
 
     def gather(self, nbytes: float, groups: Groups) -> float:
         """Return the seconds in which each rank of a group gets a tensor that is split over them,
-        or sums one and keeps its part; without latency."""
-        link = self.node if groups.on_nodes(self.ranks_per_node).nodes == 1 else self.outside()
-        return nbytes * (groups.size - 1) / groups.size / link.rate
+        or sums one and keeps its part: half of a sum that all keep; without latency."""
+        return self.all_reduce(nbytes, groups) / 2
 
     def all_reduce(self, nbytes: float, groups: Groups) -> float:
         """Return the seconds in which a ring in each node, and one between nodes for each part,

@@ -41,7 +41,7 @@ COPIED = 2**28  # bytes of a tensor, more than caches hold
 CARD_SIZES = 8192, 4096, 4096  # of a product: rows, width, columns
 HOST_SIZES = 1024, 512, 2048
 EXCHANGE_TIMEOUT = timedelta(seconds=120)  # of an exchange
-GUESSED = {"attention": 1.5, "moe": 0.3, "copy": 0.15, "halves": 1.05}  # as in configs/cluster/
+GUESSED = {"attention": 1.0, "moe": 0.3, "copy": 0.15, "halves": 1.05}  # as in configs/cluster/
 LAUNCHES = 100
 EXCHANGES_BESIDE = 4  # exchanges, while products run
 RANK_FAILURES = multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException

@@ -36,14 +36,10 @@ def known_choice(models: Sequence[Model], job: Job, ranks_per_node: int) -> tupl
     with one batch in flight; sequential, if it is the standard one. EP: the one that is given, else
     the largest in a node, as a training has it."""
     architecture = job.config.moe.architecture
-    position = job.config.moe.position if architecture == "scmoe" else None
-    model = models[0]
-    for each in models[1:]:
-        if (each.schedule.architecture, each.schedule.position) == (architecture, position):
-            model = each
-    ep_size = max(
-        size for size in job.ep_sizes if size <= ranks_per_node or size == job.ep_sizes[0]
-    )
+    name = f"scmoe_{job.config.moe.position}" if architecture == "scmoe" else architecture
+    model = next((each for each in models[1:] if each.name == name), models[0])
+    node = min(ranks_per_node, job.sizes.ranks)
+    ep_size = max(size for size in job.ep_sizes if node % size == 0 or size == job.ep_sizes[0])
     return model, Choice(ep_size, model.schedule, sequential=model is models[0])
 
 

@@ -216,10 +216,18 @@ def simulate_forward(
     head: Head | None = None,
     loads: Sequence[Load] | None = None,
 ) -> StepTime:
-    """Return the time of one forward pass, as inference has it. Arguments: as `simulate_step`."""
-    played = play_pass(blocks, "forward", setting, head or Head(), loads)
+    """Return the time of one forward pass, as inference has it, through all stages of a pipeline.
+    Arguments: as `simulate_step`."""
+    head = head or Head()
+    played = play_pass(blocks, "forward", setting, head, loads)
     hidden = played.hidden + played.sums - played.exposed_sums
-    return StepTime(played.computing, played.exposed, played.exposed_sums, setting.tax * hidden)
+    return StepTime(
+        computing=played.computing,
+        exposed_rows=played.exposed,
+        exposed_gradients=played.exposed_sums,
+        slowed=setting.tax * hidden,
+        other=(setting.stages - 1) * (played.elapsed - head.forward),
+    )
 
 
 # ---------------------------------------------------------------------- times of pieces

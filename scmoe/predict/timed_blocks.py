@@ -21,7 +21,7 @@ TP           each of T ranks computes 1 / T of the rows of a batch, or of the he
 transfer     all-to-all of the rows that dispatch gets; the same back, and in backward
 sums         dense gradients over all ranks, experts' over those that hold the same ones
 gathers      weights that are split, dense and experts': before a block's forward and its
-             backward; their gradients are summed by a reduce-scatter
+             backward; their gradients are summed by a reduce-scatter, in float32
 update       UPDATE_BYTES a parameter of a rank / memory rate
 """
 
@@ -315,8 +315,9 @@ class _Timing(NamedTuple):
         width = WEIGHT_BYTES[self.costs.job.precision]
         sizes = self.sizes
         local = part.expert / sizes.ep_size
-        if sizes.split:  # gathered before backward, and reduced to the part of a rank
-            return 2 * self.gather_seconds(part)
+        if sizes.split:  # gathered before backward, and reduced in float32 to the part of a rank
+            job = self.costs.job
+            return (1 + job.wide_bytes / job.compute_bytes) * self.gather_seconds(part)
         per_rank = part.dense * width / sizes.tensor_parallel
         dense = self.machine.all_reduce(per_rank, sizes.same_dense)
         return dense + self.machine.all_reduce(local * width, sizes.same_experts)

@@ -149,7 +149,7 @@ def test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed(drawn, mon
     assert digest() == first
     report["rows"]["scmoe_pos2"]["prefill"]["limit"] += 0.001
     limit = digest()
-    monkeypatch.setitem(name_of.__globals__["NAMES"], "top1", "Top-1")
+    monkeypatch.setitem(name_of.__globals__["ARCHITECTURE_NAMES"], "top1", "Top-1")
     name = digest()
     monkeypatch.setitem(draw.__globals__, "RED", charts.GREEN)
     assert len({first, limit, name, digest()}) == 4

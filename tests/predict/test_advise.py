@@ -19,6 +19,7 @@ from scmoe.predict.cluster import overridden, read_profile
 from scmoe.predict.compared_models import job_of, rank_shares
 from scmoe.predict.judged_job import Request, job_in_batches
 from scmoe.predict.measure import RankTimes
+from scmoe.predict.measured_times import known_choice
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
@@ -428,3 +429,14 @@ def test_split_weights_are_gathered_with_every_batch(counted):
         step = simulator.step(model, Choice(8, model.schedule, sequential=True))
         exposed[accumulate] = step.exposed_gradients
     assert exposed[4] == pytest.approx(4 * exposed[1])
+
+
+def test_six_ranks_are_not_in_a_node_of_eight(counted):
+    """Ranks 6 to 11 are on two nodes."""
+    _, job, models = counted
+    compared = [models["top2"], models["shared_expert"], models["scmoe_pos2"]]
+    on_three = job._replace(ep_sizes=(1, 2, 3, 4, 6, 12), sizes=job.sizes._replace(ranks=24))
+    assert known_choice(compared, on_three, 8)[1].ep_size == 4
+    profile = read_profile("4x8xH200-InfiniBand")
+    said = [advise(compared, profile, on_three._replace(ep_sizes=(n,))).to_do for n in (4, 6)]
+    assert "in the node" in said[0] and "in the node" not in said[1]

@@ -131,3 +131,10 @@ def test_one_row_of_a_token_for_each_node_is_as_many_as_its_experts_are_on():
 def test_a_rate_in_gigabits_is_refused():
     with pytest.raises(ConfigError, match="gb_s is '400'"):
         read_profile("2x8xA800", ["cluster.links.network.gb_s=400"])
+
+
+@pytest.mark.parametrize("groups", [Groups(8, 8), Groups(16, 16), Groups(2, 16, distance=8)])
+def test_a_gather_is_half_of_a_sum_on_any_nodes(groups):
+    machine = replace(TIERED, node=Link(400.0, 0.0), network=Link(40.0, 0.0))
+    whole = machine.all_reduce(4000.0, groups)
+    assert machine.gather(4000.0, groups) == pytest.approx(whole / 2)

@@ -11,7 +11,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.predict import measure
 from scmoe.predict.advise import advise
 from scmoe.predict.asked_config import read_asked
-from scmoe.predict.cluster import KEYS, NETWORK
+from scmoe.predict.cluster import KEYS, NETWORK, names, read_profile
 from scmoe.predict.cluster_rates import Groups
 from scmoe.predict.judged_job import Request
 from scmoe.predict.measure import (
@@ -136,3 +136,9 @@ def test_this_machine_is_measured():
     machine = profile.machine()
     small, large = (machine.all_to_all(nbytes, Groups(2, 2)) for nbytes in (2**16, 2**24))
     assert 0 < small < large
+
+
+def test_what_is_not_measured_is_guessed_as_in_the_profiles():
+    for name in names():
+        values = read_profile(name).values
+        assert {key: values[key].value for key in measure.GUESSED} == measure.GUESSED

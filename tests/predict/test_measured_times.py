@@ -11,6 +11,9 @@ from experiments.bench.setting import Setting
 from scmoe.config.leaves import ConfigError
 from scmoe.predict.advise import advise
 from scmoe.predict.advised_rows import Simulator, Slowdown
+from scmoe.predict.asked_config import read_asked
+from scmoe.predict.cluster import read_profile
+from scmoe.predict.judged_job import Request
 from scmoe.predict.measured_times import (
     known_choice,
     seconds_of_trace,
@@ -20,7 +23,7 @@ from scmoe.predict.measured_times import (
 )
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.play import TRANSFERS
-from tests.support.advised import quickstart_on_cards
+from tests.support.advised import QUICK_WORDS, counted_on, quickstart_on_cards
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +157,17 @@ def test_a_bench_s_report_says_how_long_the_operators_of_top2_take(counted, tmp_
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             slowdown(**changed)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("moe.every=1", "moe.position=pos2"), ("scmoe_pos2", "top2")),
+        (("moe.architecture=top_k", "moe.top_k=2"), ("top2", "top1")),
+    ],
+)
+def test_what_was_measured_is_the_model_of_the_config(words, names):
+    """Pos-2's tap is `carried` with an MoE in every block, and top-1 is standard as well."""
+    request = Request(read_asked("quickstart", [*QUICK_WORDS, *words]))
+    job, models = counted_on(read_profile("8xH100"), request, *names)
+    assert known_choice([*models.values()], job, 8)[0].name == names[0]

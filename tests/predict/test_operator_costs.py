@@ -351,3 +351,12 @@ def test_ranks_that_share_weights_compute_parts_and_gather_tokens(counted):
     of_before = 2 * costs.token_bytes * 3 / 4 / machine.node.rate  # gathered and summed
     sublayers = 3  # attention, MLP, attention before the tap of a pair of top-2
     assert four[BEFORE] - gathered[BEFORE] == pytest.approx(sublayers * of_before)
+
+
+def test_gradients_of_split_weights_are_summed_in_float32(counted):
+    """Of a parameter in bfloat16, 2 bytes are gathered, twice, and 4 are summed."""
+    profile, _, models = counted
+    sizes = JobSizes(8, 8, split=True)
+    block = blocks_on(profile.machine(), models["top2"].costs, sizes)[0][-1]
+    in_backward = sum(each.seconds for each in block.sums)
+    assert block.gathers > 0 and in_backward == pytest.approx(3 * block.gathers)

@@ -198,3 +198,12 @@ def test_only_ranks_that_may_be_the_slowest_are_played():
 def test_transfers_that_are_waited_for_at_once_hide_nothing():
     with pytest.raises(ValueError, match="two batches"):
         StepSetting(batches=InFlight.HALVES, sequential=True)
+
+
+def test_a_prompt_s_pass_goes_through_all_stages():
+    """The head is in the last one alone."""
+    blocks = [Block(POSITIONS[1], TIMES)] * 2
+    alone, in_stages = (
+        simulate_forward(blocks, StepSetting(stages=stages), Head(1.0, 2.0)) for stages in (1, 3)
+    )
+    assert in_stages.total == pytest.approx(3 * (alone.total - 1.0) + 1.0)
