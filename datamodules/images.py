@@ -40,8 +40,8 @@ Augment = Literal["none", "imagenet"]
 
 
 def train_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
-    """Return the transform of `augment`: none (the whole image), or crop, flip, RandAugment and
-    erasing as for Swin."""
+    """Return the transform of `augment`: none (the largest square in the middle of the image), or
+    crop, flip, RandAugment and erasing as for Swin."""
     if augment == "none":
         return eval_transform(size, augment)
     return create_transform(

@@ -21,7 +21,7 @@ from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import PaperTable
 from experiments.tables.table_runs import Run
 from scmoe.config.derived import max_steps
-from scmoe.predict.row_names import TWO, batches_of
+from scmoe.predict.row_names import TWO, architecture_of, batches_of
 
 Report = Mapping[str, Any]  # of `bench overlap`
 
@@ -68,7 +68,8 @@ def compare_at_equal_time(
 
 def best_speed(report: Report, row: str) -> Speed:
     """Return a row's speed-up over sequential top-2 with one or with two batches in flight."""
-    names = [name for name in (row, row + TWO) if name in report["rows"]]
+    both = row, architecture_of(row) + TWO
+    names = [name for name in both if name in report["rows"]]
     rows = [report["rows"][name] for name in names]
     best = max(rows, key=lambda row: row["train_speedup"])
     return Speed(best["train_speedup"], *best["train_quartiles"])

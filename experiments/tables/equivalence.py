@@ -10,6 +10,7 @@ sequential boundaries for clinical trials" (1983), with a spending function of O
 type. A pair's answer is that of the first look that decides it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import combinations
@@ -58,7 +59,7 @@ def answer(
     for look, seeds in reached.items():
         compared = [values[seed] for seed in seeds if seed in values]
         with_them = [baseline[seed] for seed in seeds if seed in baseline]
-        if not compared or not with_them:  # all runs of a row have failed
+        if min(len(compared), len(with_them)) < 2:  # the others of a row have failed
             result = {"look": look, "n": 0, "answer": UNDECIDED}
             continue
         result = {"look": look, **compare_at(decision, look, compared, with_them)}
@@ -67,9 +68,9 @@ def answer(
     return result
 
 
-def interval_of_answer(tested: Mapping[str, Any]) -> tuple[float, float]:
+def interval_of_answer(tested: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the interval of the test that has answered: that of the two-sided test if rows are
-    lower or higher, else that of TOST."""
+    lower or higher, else that of TOST; two None where there is none."""
     is_different = tested["answer"].endswith(("lower", "higher"))
     low, high = tested["interval_of_difference" if is_different else "interval"]
     return low, high
@@ -107,16 +108,21 @@ def compare_at(
     return {
         "n": min(len(values), len(baseline)),
         "difference": difference,
-        "interval": list(map(float, against_0.confidence_interval(1 - 2 * equal_level))),
-        "interval_of_difference": list(
-            map(float, against_0.confidence_interval(1 - 2 * side_level))
-        ),
+        "interval": interval_at(against_0, equal_level),
+        "interval_of_difference": interval_at(against_0, side_level),
         "tost_p": tost_p,
         "tost_level": equal_level,
         "p": p,
         "level": 2 * side_level,
         "answer": " and ".join(sentences) or UNDECIDED,
     }
+
+
+def interval_at(tested: Any, one_sided_level: float) -> list[float | None]:
+    """Return the interval of a difference at a level; two None where the level of an early look is
+    0, or no test is possible."""
+    low, high = map(float, tested.confidence_interval(1 - 2 * one_sided_level))
+    return [low, high] if math.isfinite(low) and math.isfinite(high) else [None, None]
 
 
 @cache

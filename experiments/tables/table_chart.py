@@ -35,8 +35,9 @@ def draw_differences(results: Results, path: Path) -> None:
             _draw_paper(panels[0], papers, signed)
         panels[-1].set_title(f"Ours, {results['scale']}")
         _draw_ours(panels[-1], _from_the_top([row["minus_baseline"] for row in rows]), signed)
-        several = len({row["baseline"] for row in rows}) > 1
-        baseline = "each row's baseline" if several else in_paper(rows[0]["baseline"])
+        baselines = {row["baseline"] for row in rows}
+        one = len(baselines) == 1
+        baseline = in_paper(*baselines) if one else "each row's baseline"
         below = f"{results['metric'].replace('_', ' ')} minus\n{baseline},\n{results['unit']}"
         _explain(figure, panels, [row["name"] for row in rows], below, 3)
         side = "left" if results["metrics"][results["metric"]]["better"] == "lower" else "right"
@@ -56,16 +57,18 @@ def draw_answers(results: Results, path: Path) -> None:
         for height, tested in _from_the_top(list(pairs.values())).items():
             if tested["n"]:
                 low, high = tested["interval"]
-                axis.hlines(
-                    height, low, high, color=OUR_COLOR, linewidth=2, label="interval of TOST"
-                )
+                if low is not None:
+                    axis.hlines(
+                        height, low, high, color=OUR_COLOR, linewidth=2, label="interval of TOST"
+                    )
                 axis.plot(tested["difference"], height, "D", color=OUR_COLOR, label="mean")
                 text = f"{signed.format(tested['difference'])}: {tested['answer']}"
                 _label(axis, text, tested["difference"], height)
         names = [pair.replace(" minus ", "\nminus ") for pair in pairs]
         below = f"difference in {results['metric'].replace('_', ' ')},\n{results['unit']}"
         _explain(figure, [axis], names, below, 3)
-        heading(figure, f"{results['title']}\nleft is better for the first row of a pair")
+        side = "left" if results["metrics"][results["metric"]]["better"] == "lower" else "right"
+        heading(figure, f"{results['title']}\n{side} is better for the first row of a pair")
 
 
 def _from_the_top(values: Sequence[Any]) -> dict[int, Any]:

@@ -24,6 +24,10 @@ from scmoe.config.load import SHIPPED, find, parse_yaml
 from scmoe.sweeps.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
 
 TABLES_FOLDER = SHIPPED / "experiment"
+MOST_SHARES = 3  # at which losses are compared at equal time: more do not fit into the chart
+
+
+SPEED_KEYS = ("train_speedup", "forward_speedup")  # keys of metrics from speed
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ def _table(name: str, folder: Path, tree: Any) -> PaperTable:
         metrics,
         rows,
         scales,
-        share=float(tree["share"]) if "share" in tree else None,
+        share=_floats([tree["share"]])[0] if "share" in tree else None,
         equal_time=_floats(tree.get("equal_time", ())),
         decision=_decision(tree["decision"]) if "decision" in tree else None,
     )
@@ -222,6 +226,8 @@ def _metric(name: str, entry: Any) -> Metric:
     check(f"metrics.{name}", entry, METRIC, ("unit", "better", "from"))
     keys = entry.get("key", name)
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    if entry["from"] == "speed" and (len(keys) > 1 or keys[0] not in SPEED_KEYS):
+        raise refusal(f"metrics.{name}.key", keys, " | ".join(SPEED_KEYS))
     return Metric(
         name, entry["unit"], entry["better"], entry["from"], keys, float(entry.get("times", 1))
     )
@@ -267,7 +273,8 @@ def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _floats(texts: Sequence[str]) -> tuple[float, ...]:
-    return tuple(map(float, texts))
+    """Return shares with four digits: the names of files have no more than six."""
+    return tuple(round(float(text), 4) for text in texts)
 
 
 def _between(least: float, most: float, allowed: str) -> Rule:
@@ -300,7 +307,10 @@ TABLE: dict[str, Rule] = {
     **dict.fromkeys(("title", "baseline"), TEXT),
     **dict.fromkeys(("metrics", "scales"), MAPPING),
     "share": A_SHARE,
-    "equal_time": LIST_OF_SHARES,
+    "equal_time": (
+        lambda v: LIST_OF_SHARES[0](v) and len(v) <= MOST_SHARES,
+        f"{LIST_OF_SHARES[1]}, at most {MOST_SHARES}",
+    ),
     "rows": LIST,
     "decision": MAPPING,
 }

@@ -134,7 +134,9 @@ class SeenRun:
 
     @property
     def best_loss(self) -> float | None:
-        return min((loss for _, loss in self.curve("val/loss")), default=None)
+        losses = [loss for _, loss in self.curve("val/loss")]
+        # nothing is below a NaN that comes first
+        return min((loss for loss in losses if not math.isnan(loss)), default=None)
 
     @property
     def counts(self) -> str:

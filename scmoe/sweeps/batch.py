@@ -250,7 +250,7 @@ class BatchProgress:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.1f}/{task.total}"),
+            TextColumn("{task.completed:.1f}{task.fields[of_total]}"),
         )
         facts = (
             TimeElapsedColumn(),
@@ -260,13 +260,18 @@ class BatchProgress:
         # this stream, also while a training in this process prints into its log
         screen = Console(file=sys.stderr)
         self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
-        self.task = self.bar.add_task("", total=None, left="", note="")
+        self.task = self.bar.add_task("", total=None, left="", note="", of_total="")
 
     def __call__(self, batch: JobBatch, ended: StudyJob | None) -> None:
         seconds = batch.seconds_left()
         left = f"about {clock(seconds)} left" if seconds else ""
         self.bar.update(
-            self.task, completed=batch.done(), total=batch.total, left=left, note=self.note()
+            self.task,
+            completed=batch.done(),
+            total=batch.total,
+            of_total=f"/{batch.total}" if batch.total else "",
+            left=left,
+            note=self.note(),
         )
         if ended:
             facts = [ended.state.error or self.result(ended), clock(ended.state.seconds), left]

@@ -341,6 +341,8 @@ class ImageClassifier(MoEModule):
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         labels_BC = batch["labels"]
+        if labels_BC.dtype.itemsize < 4:  # bf16-true has rounded them: they must add up to 1 again
+            labels_BC = labels_BC.float() / labels_BC.float().sum(1, keepdim=True)
         logits_BC, stats = self.model(batch["images"])
         num_targets = torch.full((), len(labels_BC), device=labels_BC.device)
         return cross_entropy_sum(logits_BC, labels_BC), num_targets, stats

@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 
 from scmoe.command_line import call
 from scmoe.config.as_yaml import to_yaml
+from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
 from scmoe.runs import compare
 from scmoe.runs import seen as runs
+from scmoe.runs.seen import SeenRun
 from scmoe.training.run.directory import (
     SILENT_S,
     process_start,
@@ -364,3 +366,9 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
     run_dir = make_run(tmp_path, "a")
     assert call("report", str(run_dir), "--to", str(tmp_path)) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_best_loss_is_no_nan_where_a_validation_has_a_number(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()))
+    (tmp_path / "metrics.csv").write_text("step,val/loss\n1,nan\n3,4.5\n5,4.25\n")
+    assert SeenRun(tmp_path).best_loss == 4.25

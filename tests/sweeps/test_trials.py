@@ -12,16 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from scmoe.command_line import call
 from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.sweeps import trials
+from scmoe.sweeps.batch import BatchProgress, JobBatch
 from scmoe.sweeps.jobs import hold_lock
 from tests.support.commands import ROOT, Done
 from tests.support.toy_sweep import toy_job
@@ -203,3 +206,14 @@ def test_a_study_in_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"), hold_lock(tmp_path / "file/a"):
         pass
+
+
+def test_the_bar_of_a_sweep_without_an_end_shows_no_total():
+    watch = BatchProgress(lambda job: "")
+    for total, shown in ((None, "0.0"), (3, "0.0/3")):
+        watch(JobBatch([], 1, total, watch), None)
+        screen = Console(file=StringIO(), width=100)
+        screen.print(watch.bar.get_renderable())
+        words = screen.file.getvalue().split()
+        assert shown in words
+        assert not any("None" in word for word in words)

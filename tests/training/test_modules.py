@@ -1,11 +1,14 @@
 """The LightningModule adds up validations exactly, and clips in every precision."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
+from scmoe.training.modules import ImageClassifier
 from tests.support.models import tiny
 
 
@@ -52,3 +55,14 @@ def test_a_nan_in_a_validation_is_no_better_loss():
     for nats in (3.0, float("nan")):
         module.note_validation(torch.tensor(nats), torch.tensor(2), [])
     assert module.val_nats.compute().isnan() and module.val_targets.compute() == 4
+
+
+def test_labels_that_bf16_true_has_rounded_are_probabilities_again():
+    """All classes are equally likely to the model, so its loss is ln C for every label."""
+    module = ImageClassifier(lambda wire: None, max_steps=1, num_classes=1000)
+    module.model = lambda images: (torch.zeros(1, 1000), [])
+    labels_BC = torch.full((1, 1000), 1e-4)
+    labels_BC[0, 3] += 0.9
+    batch = {"images": torch.zeros(1), "labels": labels_BC.bfloat16()}
+    nats, _, _ = module.task_loss(batch)
+    assert float(nats) == pytest.approx(math.log(1000), rel=1e-5)

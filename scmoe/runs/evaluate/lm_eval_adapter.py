@@ -99,8 +99,8 @@ class ModelOfRun(LM):
         return texts
 
     def prompt(self, context: str, asked: dict[str, Any]) -> EncodedPrompt:
-        """Return the end of text and the last ids of a context, as many as leave room for the new
-        tokens.
+        """Return the end of text and the ids of a context; where they leave no room for the new
+        tokens, the last ids of the context only.
 
         Raises ConfigError if the task samples, or its answers do not fit into the model's context.
         """

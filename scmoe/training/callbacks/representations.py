@@ -240,8 +240,8 @@ class GradientProbe:
     """Notes the norm of the loss's gradient at every representation of one forward and backward
     pass, by hooks. Call `remove` after the pass.
 
-    The loss is that of this rank's batch; where no gradient arrives, as behind frozen weights, the
-    norm is 0.
+    The loss is this rank's part of the step's: with accumulation, that of its batch over the number
+    of batches. Where no gradient arrives, as behind frozen weights, the norm is 0.
     """
 
     def __init__(self, model: Any) -> None:

@@ -92,3 +92,14 @@ def test_a_row_whose_runs_have_all_failed_is_undecided():
     found = equivalences(Decision(0.01, (2, 4)), values, ended)
     tested = found["rows"]["row minus baseline"]
     assert (tested["n"], tested["answer"]) == (0, "undecided")
+
+
+def test_a_look_too_early_for_a_test_has_no_interval():
+    """The level of 2 of 40 seeds is below 1e-17, and one seed has no deviation."""
+    both = {"baseline": {1: 1.0, 2: 1.1}, "row": {1: 1.2, 2: 1.0}}
+    early = equivalences(Decision(0.01, (2, 40)), both, {name: [1, 2] for name in both})
+    tested = early["rows"]["row minus baseline"]
+    assert (tested["interval"], tested["answer"]) == ([None, None], "undecided")
+    assert interval_of_answer(tested) == (None, None)
+    single = equivalences(Decision(0.01, (1, 2)), both, {name: [1] for name in both})
+    assert single["rows"]["row minus baseline"]["n"] == 0

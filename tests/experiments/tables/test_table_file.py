@@ -9,6 +9,7 @@ import torch
 
 from experiments.tables.table_file import load_table
 from experiments.tables.table_runs import plan_runs
+from experiments.tables.table_speeds import share_of
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta
@@ -128,7 +129,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
             ("from: summary", "from: memory"),
             "metrics.val_loss.from is 'memory', allowed: summary | curve | evaluation",
         ),
-        (("from: summary", "from: speed"), "share is missing"),
+        (("from: summary", "from: speed, key: train_speedup"), "share is missing"),
         (
             ("[0.15, 0.52]", "[0.15, 52]"),
             "equal_time is .*'52'.*, allowed: a list of numbers between 0 and 1",
@@ -191,3 +192,30 @@ def test_the_registered_experiment_compares_the_loss_that_was_registered():
     decision = (ROOT / "docs/decisions/0047-quality.md").read_text(encoding="utf-8")
     compared = load_table("quality", CONFIGS).decides.name
     assert f"**The loss that is compared is the {compared}**" in decision
+
+
+def test_a_share_is_read_back_from_the_name_of_its_file(tmp_path):
+    text = (CONFIGS / "table3/table.yaml").read_text()
+    (tmp_path / "table3").mkdir()
+    changed = text.replace("[0.15, 0.52]", "[0.3333333, 0.52]", 1)
+    (tmp_path / "table3/table.yaml").write_text(changed)
+    for share in load_table("table3", tmp_path).equal_time:
+        assert share_of(Path(f"overlap-share-{share:g}.json")) == share
+
+
+def test_more_shares_than_the_chart_has_colours_are_refused(tmp_path):
+    text = (CONFIGS / "table3/table.yaml").read_text()
+    (tmp_path / "table3").mkdir()
+    changed = text.replace("[0.15, 0.52]", "[0.1, 0.15, 0.3, 0.52]", 1)
+    (tmp_path / "table3/table.yaml").write_text(changed)
+    with pytest.raises(ConfigError, match="at most 3"):
+        load_table("table3", tmp_path)
+
+
+def test_a_metric_of_speed_names_a_speed_of_the_testbed(tmp_path):
+    text = (CONFIGS / "table1/table.yaml").read_text()
+    assert ", key: train_speedup" in text
+    (tmp_path / "table1").mkdir()
+    (tmp_path / "table1/table.yaml").write_text(text.replace(", key: train_speedup", "", 1))
+    with pytest.raises(ConfigError, match=r"training speed-up.key is .*train_speedup"):
+        load_table("table1", tmp_path)
