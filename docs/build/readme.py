@@ -57,10 +57,10 @@ also be cut in its tokens; that is not measured.
 of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).
 6. **In quality: top-2 is better at this size; a gain of the shortcut itself is not shown.** Each \
-row at its best learning rate, {registered_seeds} seeds a row, equal tokens: Pos-2's loss minus \
-top-2's is {registered[top2]}; minus that of top-2 with as many parameters \
-{registered[equal_size]}; minus a shared expert's {registered[shared]} ([registered before its \
-first run](docs/results/{registered_page}/table.md)). The rate decays to 0. With a decay to a \
+row at its best learning rate, equal tokens: Pos-2's loss minus top-2's is {registered[top2]}; \
+minus that of top-2 with as many parameters {registered[equal_size]}; minus a shared expert's \
+{registered[shared]} ([registered before its first \
+run](docs/results/{registered_page}/table.md)). The rate decays to 0. With a decay to a \
 tenth and rates of a shorter search, [Table 3's twin](docs/results/{table}/table.md) shows no \
 difference.
 
@@ -77,9 +77,9 @@ shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)). With one sequ
 {one[tokens]:,} tokens a rank Pos-3 gains {one[train]} in training and \
 {one[forward]} in inference ([numbers]({one_page}.md)).
 3. **Quality: top-2 is better at this size.** Each row at its best learning rate, \
-{registered_seeds} seeds a row, equal tokens: Pos-2's loss minus top-2's is {registered[top2]}; \
-minus that of top-2 with as many parameters {registered[equal_size]}; minus a shared expert's \
-{registered[shared]} ([registered before its first run]({registered_page}/table.md)). With rates \
+equal tokens: Pos-2's loss minus top-2's is {registered[top2]}; minus that of top-2 with as many \
+parameters {registered[equal_size]}; minus a shared expert's {registered[shared]} ([registered \
+before its first run]({registered_page}/table.md)). With rates \
 that were searched at half length, [Table 3's twin]({table}/table.md) saw no difference at equal \
 tokens ({equal}; {seeds} seeds).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
@@ -211,16 +211,17 @@ def quality(results: Path) -> dict[str, Any]:
     }
     return {
         "registered_page": REGISTERED,
-        "registered_seeds": decision["reached"][-1],
         "registered": {name: answer_of(each) for name, each in tested.items()},
         "tested": tested,
     }
 
 
 def answer_of(tested: Mapping[str, Any]) -> str:
-    """Return a difference with the interval of the test that has decided, and the answer."""
+    """Return a difference with the interval of the test that has decided, and the answer with the
+    seeds a row of its look."""
     low, high = interval_of_answer(tested)
-    return f"{tested['difference']:+.3f} nats [{low:+.3f}, {high:+.3f}], {tested['answer']}"
+    difference = f"{tested['difference']:+.3f} nats [{low:+.3f}, {high:+.3f}]"
+    return f"{difference}, {tested['answer']} ({tested['look']} seeds a row)"
 
 
 def losses_of(table: Mapping[str, Any], column: str) -> dict[str, dict[int, float]]:
