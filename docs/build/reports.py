@@ -122,6 +122,11 @@ REPORTS = (
         21,
     ),
     Report("inference-2-ranks-share-0.52", "inference --share 0.52", 4),
+    Report(
+        "inference-2-ranks-share-0.52-prompt-3072",
+        "inference --share 0.52 --prompt 3072 --tokens 2 --rounds 7",
+        10,
+    ),
     # Uneven routing: all loads of a report are measured in the same rounds, beside balanced ones.
     Report(
         "uneven-emulated-block-2-ranks-share-0.52-hot_rank", f"{PAIR_BENCH} {HOT} --rounds 5", 16

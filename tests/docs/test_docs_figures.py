@@ -15,6 +15,7 @@ from scmoe.config.leaves import ConfigError
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 TOKENS = "equal_tokens"
+ONE_PROMPT = ("top2", "shared_expert", *two_batches.SHORTCUT_ROWS)
 LONGEST = "one-sequence/overlap-real-iteration-2-ranks-share-0.52-tokens-3072-layers-8.json"
 FIGURE = re.compile(r"(?<![\w.])-?\d+\.\d{2,}(?![\w.])")
 NO_FIGURES = re.compile(
@@ -95,6 +96,14 @@ def test_the_second_day_of_the_headline_is_as_its_report_says():
     for over in ("over_best_without_another_model", "over_best_without_shortcut"):
         pos2, pos3 = (readme.gain_of(report, row, over) for row in two_batches.SHORTCUT_ROWS)
         assert f"{pos2} and {pos3} over" in text
+
+
+def test_prefill_of_one_prompt_is_as_its_report_says():
+    """The page has the best way of top-2, a shared expert, Pos-2 and Pos-3."""
+    report = readme.read(ROOT / PAGES / "inference-2-ranks-share-0.52-prompt-3072.json")
+    rows = [report["rows"][row]["prefill"] for row in ONE_PROMPT]
+    best = ", ".join(f"{max(row['ways'].values()):.2f}" for row in rows)
+    assert best in (ROOT / RESULTS / "one-sequence.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_the_registered_experiment_has_readmes_intervals(facts):

@@ -68,16 +68,27 @@ def bench_inference(setting: InferenceSetting, out: Path) -> dict[str, Any]:
         words = (setting.new_tokens, GENERATE_ROUNDS)
         alone = run_ranks(generation.measure, 1, *words, timeout_s=3600)[0]
         report["generate"] = alone.report()
-    name = f"inference-{setting.ranks}-ranks-share-{setting.share:g}"
-    if setting.texts > 1:
-        name += f"-{setting.texts}-texts"
     if setting.loads:
         report["loads"] = [
             uneven_report(measured[load], measured[BALANCED], load) for load in setting.loads
         ]
-        name = f"uneven-{name}{loads_suffix(setting.loads)}"
-    publish(report, tables(report), draw, out / name)
+    publish(report, tables(report), draw, out / name_of_report(setting))
     return report
+
+
+def name_of_report(setting: InferenceSetting) -> str:
+    """Return the name of the report's files, without a suffix: what is not usual is in it."""
+    usual = InferenceSetting()
+    words = [f"inference-{setting.ranks}-ranks-share-{setting.share:g}"]
+    if setting.loads:
+        words.insert(0, "uneven")
+    if setting.prompt != usual.prompt:
+        words.append(f"prompt-{setting.prompt}")
+    if setting.texts != usual.texts:
+        words.append(f"{setting.texts}-texts")
+    if setting.batch != usual.batch:
+        words.append(f"batch-{setting.batch}")
+    return "-".join(words) + loads_suffix(setting.loads)
 
 
 def check(setting: InferenceSetting) -> None:

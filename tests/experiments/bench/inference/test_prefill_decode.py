@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.bench.inference import prefill_decode
-from experiments.bench.inference.gains import draw, summary, tables, uneven_report
+from experiments.bench.inference.gains import draw, name_of_report, summary, tables, uneven_report
 from experiments.bench.inference.pass_figures import SHAPES, PassFigures
 from experiments.bench.inference.prefill_decode import (
     IN_TWO_BATCHES,
@@ -163,3 +163,14 @@ def test_all_rows_are_measured_and_reported(tmp_path):
     for row in uneven["rows"].values():
         for figures in (row[shape] for shape in SHAPES if shape in row):
             assert figures["over_balanced"] > 0 and figures["max_over_mean_ranks"] == 2
+
+
+def test_reports_of_other_settings_have_other_names():
+    settings = [
+        InferenceSetting(),
+        InferenceSetting(prompt=3072),
+        InferenceSetting(texts=2),
+        InferenceSetting(batch=16),
+        InferenceSetting(loads=("hot_rank:2",)),
+    ]
+    assert len({name_of_report(setting) for setting in settings}) == len(settings)
