@@ -329,7 +329,7 @@ def detect_anomaly(runs: Runs) -> Any:
 
 
 class Frozen(Net):
-    """Its backbone is frozen at first, and its head from the second epoch on."""
+    """The first layer of its backbone is frozen."""
 
     def __init__(self) -> None:
         super().__init__(make_optimizer=sgd)
