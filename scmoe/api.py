@@ -178,10 +178,9 @@ def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor
 def _global_sums(stats: Sequence[RouterStats], group: Any) -> list[Tensor]:
     """Return each router's integer sums, added up over the ranks of a group or wire."""
     sums = [balance.integer_sums([of_module])[0] for of_module in stats]
-    wire = wire_of(group)
-    if wire.mesh.world_size > 1:
-        all_sums = torch.cat(sums)
-        dist.all_reduce(all_sums, group=None if group is wire else group)
+    mesh = wire_of(group).mesh
+    if mesh.world_size > 1:
+        all_sums = mesh.sum_over_ranks(torch.cat(sums))
         sums = [*all_sums.split([len(sums_E2) for sums_E2 in sums])]
     return sums
 

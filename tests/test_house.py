@@ -285,7 +285,7 @@ def test_the_name_of_a_class_or_constant_means_one_thing():
 
 
 def classes_and_constants(tree: ast.Module) -> Iterable[str]:
-    """Yield the names of a file's classes and of its constants, those without an underscore."""
+    """Yield the names of the classes and constants that a file defines at its top level."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             yield node.name

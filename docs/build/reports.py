@@ -101,8 +101,7 @@ REPORTS = (
         Report(
             f"two-batches/overlap-real-iteration-2-ranks-share-0.52-tokens-{tokens}",
             f"{PAIR_BENCH} --compute real --level iteration --seq-len 128 --tokens {tokens}"
-            " --tries 4"
-            f" --rounds {rounds} {RIVALS_OF_POS2}",
+            f" --tries 4 --rounds {rounds} {RIVALS_OF_POS2}",
             minutes,
         )
         for tokens, rounds, minutes in ((256, 31, 12), (512, 31, 9), (1024, 7, 5), (4096, 5, 11))

@@ -8,9 +8,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 Kind = Literal["forward", "train"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Figures = TypeVar("Figures")
-BESIDE_ITS_ROW = {
-    "beside": True
-}  # of a field whose figures stand in a report beside those of its row
+# metadata of a field whose figures stand in a report beside those of its row
+BESIDE_ITS_ROW = {"beside": True}
 
 
 def to_json(value: Any) -> Any:

@@ -25,9 +25,7 @@ from scmoe.sweeps.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusa
 
 TABLES_FOLDER = SHIPPED / "experiment"
 MOST_SHARES = 3  # at which losses are compared at equal time: more do not fit into the chart
-
-
-SPEED_KEYS = ("train_speedup", "forward_speedup")  # keys of metrics from speed
+SPEED_KEYS = ("train_speedup", "forward_speedup")  # what a metric from speed may name
 
 
 @dataclass(frozen=True)
@@ -273,7 +271,7 @@ def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _floats(texts: Sequence[str]) -> tuple[float, ...]:
-    """Return shares with four digits: the names of files have no more than six."""
+    """Return shares, rounded to four decimals so that the name of a file (`:g`) has all digits."""
     return tuple(round(float(text), 4) for text in texts)
 
 

@@ -65,8 +65,8 @@ def _imported(path: Path) -> dict[str, Any]:
     is_other = earlier is not None and getattr(earlier, "__file__", None) != str(path)
     if is_other or "." in path.stem:
         raise ConfigError(
-            f"{path} cannot be imported under the name {path.stem}, which is another module's."
-            " Rename the file."
+            f"{path} cannot be imported as {path.stem}: another module has this name, or the name"
+            " has a dot. Rename the file."
         )
     sys.path.insert(0, str(path.parent))
     return vars(importlib.import_module(path.stem))

@@ -41,9 +41,8 @@ from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
 
-PLAYED_STEPS = (
-    8  # of a load that are played at most; those of a recording are spread over all of it
-)
+# of a load, at most; those of a recording are spread over all of it
+PLAYED_STEPS = 8
 DEALT = 2048  # tokens of a rank that are dealt: shares do not depend on their number
 
 Loads = Callable[[int, int | None], Sequence[PlayedLoad]]

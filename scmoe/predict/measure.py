@@ -40,7 +40,7 @@ SMALL_BYTES, LARGE_BYTES = 2**16, 2**24  # bytes of a rank in an exchange
 COPIED = 2**28  # bytes of a tensor, more than caches hold
 CARD_SIZES = 8192, 4096, 4096  # of a product: rows, width, columns
 HOST_SIZES = 1024, 512, 2048
-EXCHANGE_TIMEOUT = timedelta(seconds=120)  # of an exchange
+EXCHANGE_TIMEOUT = timedelta(seconds=120)
 GUESSED = {"attention": 1.0, "moe": 0.3, "copy": 0.15, "halves": 1.05}  # as in configs/cluster/
 LAUNCHES = 100
 EXCHANGES_BESIDE = 4  # exchanges, while products run
@@ -236,9 +236,8 @@ def seconds_on(device: torch.device, exchange: Exchange | None = None, ranks: in
     products = max(1, round(EXCHANGES_BESIDE * alone.large / alone.product))
 
     def beside() -> None:
-        started = [
-            exchange(large, None) for _ in range(EXCHANGES_BESIDE)
-        ]  # buffers stay until they end
+        # the list keeps buffers until they end
+        started = [exchange(large, None) for _ in range(EXCHANGES_BESIDE)]
         for _ in range(products):
             calls["product"]()
         for _, work in started:

@@ -90,7 +90,7 @@ Load = Sequence[Sequence[Share]]  # of each chunk and rank of a block
 
 class OtherTraffic(Protocol):
     """What else the links carry. A transfer of rows takes longer where it meets sums of gradients,
-    or shorter after an idle time. predict/shared_link.py has it, a room that comes later."""
+    or shorter after an idle time. The implementation is in a later room, predict/shared_link.py."""
 
     def computed(self, span: Span) -> None:
         """Note that an operator of the slowest rank has run."""

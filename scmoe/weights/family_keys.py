@@ -99,9 +99,8 @@ ALWAYS: dict[str, dict[str, Any]] = {  # values that our models have
         "norm_topk_prob": False,
     },
 }
-FAMILY_DEFAULTS: dict[
-    str, dict[str, float]
-] = {  # transformers' values for what a config.json leaves out
+# transformers' values for what a config.json leaves out
+FAMILY_DEFAULTS: dict[str, dict[str, float]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "deepseek_v3": {"n_group": 8, "topk_group": 4},
     "longcat_flash": {"rms_norm_eps": 1e-5, "rope_theta": 1e7},

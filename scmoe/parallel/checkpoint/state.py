@@ -172,8 +172,8 @@ def split(
     """Split Lightning's checkpoint dictionary into named tensors and the rest.
 
     Random states are added. Tensors are the module's own, and state of optimizers that is like its
-    weight or a single number. In the rest, MODULE has the further entries of the state_dict by
-    name, and OPTIMIZER the further state by `<number>.<name>`.
+    weight or, except of experts of several ranks, a single number. In the rest, MODULE has the
+    further entries of the state_dict by name, and OPTIMIZER the further state by `<number>.<name>`.
     """
     tensors = {f"rng.{name}.{mesh.rank}": state for name, state in rng_states().items()}
     meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}

@@ -74,7 +74,7 @@ class ExpertGradientReducer:
 
     def _launch(self, i: int) -> None:
         bucket = self.buckets[i]
-        # where it took no part in this loss, the mean over the group still needs this rank
+        # an expert without a gradient sends zeros, as the mean over the group needs every rank
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         uses = grads[0].new_ones(len(bucket))  # of each, by this rank's loss
         for number, p in enumerate(bucket):

@@ -16,9 +16,8 @@ import torch
 from scmoe.charts import PAPER, SMALL, chart, heading
 from scmoe.training.callbacks.representations import GATING_TITLES
 
-NUMBERED_REPRESENTATIONS = (
-    12  # a panel with at most this many representations shows its entries as numbers
-)
+# a panel with at most this many representations shows its entries as numbers
+NUMBERED_REPRESENTATIONS = 12
 PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in SwinV2-MoE-S
 
 
