@@ -24,7 +24,7 @@ BUILT: set[str] = set()  # tables share rows, and have rows that differ in their
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_builds_and_every_metric_is_made(name, tmp_path):
     table = load_table(name, CONFIGS)
-    assert {"smoke", "small"} <= table.scales.keys()
+    assert "smoke" in table.scales and len(table.scales) > 1
     keys = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
     for scale in table.scales.values():
         runs = plan_runs(table, scale, tmp_path, 1)
