@@ -2,8 +2,8 @@
 
 It reads the results of the tables `trend`, at its widths, and `quality`. The analysis was fixed
 before the first run (docs/decisions/0049-trend-and-table-7.md): at each width the difference of
-means, and over the widths a line by least squares, each width weighted by the inverse variance of
-its difference.
+means, and over the widths the slope of a line by least squares, each width weighted by the inverse
+variance of its difference.
 """
 
 import json
@@ -14,7 +14,11 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-from experiments.tables.seed_statistics import ALPHA, Values
+from experiments.tables.seed_statistics import ALPHA
+from scmoe.charts import BLUE, PURPLE, chart, heading
+from scmoe.report import Report
+
+TREND_PAGE = "trend"  # of the page and of its picture
 
 WIDTH_RESULTS = {  # folders of docs/results, by the width of the model
     32: "trend-width-32",
@@ -23,6 +27,12 @@ WIDTH_RESULTS = {  # folders of docs/results, by the width of the model
     128: "trend-width-128",
 }
 COMPUTE_ROW = "top-2"  # whose compute stands for that of a width
+POS2 = "ScMoE Pos-2, CG-1"
+PAIRS = {  # rows that are compared, by the words for it
+    "Pos-2 minus top-2": (POS2, COMPUTE_ROW),
+    "Pos-2 minus a shared expert": (POS2, "shared-expert, CG-1"),
+}
+PAIR_COLORS = dict(zip(PAIRS, (BLUE, PURPLE), strict=True))
 FLOPS_OF_A_WEIGHT = 6  # forward and backward, for each token
 
 
@@ -31,7 +41,7 @@ class TrendPoint:
     """The difference of two rows at a width.
 
     flops: of a training. variance: of the difference of means. degrees: of freedom, of both rows'
-    variances.
+    variances. low, high: Welch's interval of 95 % of the difference.
     """
 
     width: int
@@ -39,6 +49,12 @@ class TrendPoint:
     difference: float
     variance: float
     degrees: int
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        return with_interval(self.difference, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,28 @@ class Slope:
     mean: float
     low: float
     high: float
+
+    @property
+    def text(self) -> str:
+        return with_interval(self.mean, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Of a pair of rows."""
+
+    points: list[TrendPoint]
+    slope: Slope
+
+
+def read_trends(results: Path) -> dict[str, Trend]:
+    """Return the trend of each pair by its words. results: a folder. ValueError: fewer than two
+    widths have results."""
+    trends = {}
+    for words, (row, baseline) in PAIRS.items():
+        points = points_of(results, row, baseline)
+        trends[words] = Trend(points, slope_of(points))
+    return trends
 
 
 def points_of(results: Path, row: str, baseline: str) -> list[TrendPoint]:
@@ -65,23 +103,29 @@ def points_of(results: Path, row: str, baseline: str) -> list[TrendPoint]:
 
 def point_of(width: int, table: Mapping[str, Any], row: str, baseline: str) -> TrendPoint:
     """Return a row's difference to another one in a table's results."""
+    from scipy import stats
+
     rows = {each["name"]: each for each in table["rows"]}
     weights = rows[COMPUTE_ROW]["params_active"]
-    compared, with_it = (rows[name]["ours"]["by_seed"] for name in (row, baseline))
+    compared, with_it = ([*rows[name]["ours"]["by_seed"].values()] for name in (row, baseline))
+    test = stats.ttest_ind(compared, with_it, equal_var=False)
+    interval = test.confidence_interval(1 - ALPHA)
     return TrendPoint(
         width,
         flops=FLOPS_OF_A_WEIGHT * weights * table["tokens_per_run"],
-        difference=fmean(compared.values()) - fmean(with_it.values()),
+        difference=fmean(compared) - fmean(with_it),
         variance=variance_of_mean(compared) + variance_of_mean(with_it),
         degrees=len(compared) + len(with_it) - 2,
+        low=float(interval.low),
+        high=float(interval.high),
     )
 
 
-def variance_of_mean(values: Values) -> float:
-    return variance(values.values()) / len(values)
+def variance_of_mean(values: Sequence[float]) -> float:
+    return variance(values) / len(values)
 
 
-def slope(points: Sequence[TrendPoint]) -> Slope:
+def slope_of(points: Sequence[TrendPoint]) -> Slope:
     """Return the slope of the difference over the logarithm of compute. ValueError: fewer than two
     widths."""
     import numpy as np
@@ -96,3 +140,52 @@ def slope(points: Sequence[TrendPoint]) -> Slope:
     degrees = sum(point.degrees for point in points)
     reach = float(stats.t.ppf(1 - ALPHA / 2, degrees)) * math.sqrt(covariance[0, 0])
     return Slope(float(mean), float(mean) - reach, float(mean) + reach)
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def tables(trends: Mapping[str, Trend]) -> list[Report]:
+    """Return a table with a row for each pair, and columns for widths and for the slope."""
+    rows: dict[str, dict[str, str]] = {}
+    columns = {}
+    for words, trend in trends.items():
+        rows[words] = {"slope": trend.slope.text}
+        for point in trend.points:
+            name = f"width {point.width}"
+            columns[name] = f"{{{name}}}"
+            rows[words][name] = point.text
+    columns["slope"] = "{slope}"
+    title = (
+        "Differences in loss in nats per token; the slope is for ten times the compute. Intervals"
+        " of 95 %."
+    )
+    return [Report(title, rows, columns, "rows")]
+
+
+def draw(trends: Mapping[str, Trend], path: Path) -> None:
+    """Draw the difference of each pair over the compute of a run, with its interval."""
+    with chart(path, 3.6) as figure:
+        axis = figure.subplots()
+        for words, trend in trends.items():
+            points = trend.points
+            differences = [point.difference for point in points]
+            below = [point.difference - point.low for point in points]
+            above = [point.high - point.difference for point in points]
+            axis.errorbar(
+                [point.flops for point in points],
+                differences,
+                (below, above),
+                color=PAIR_COLORS[words],
+                label=f"{words}: slope {trend.slope.text}",
+                linestyle="none",
+                marker="o",
+                capsize=3,
+            )
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set(xlabel="FLOPs of a training", ylabel="difference in loss,\nnats per token")
+        axis.grid()
+        heading(figure, "Quality by compute\nA slope is for ten times the compute; lower is better")
+        figure.legend(loc="outside lower left", ncols=1)
