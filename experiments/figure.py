@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.bench.other_settings import OffloadSetting
+from experiments.bench.setting import check_folder
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.report import print_result, say
@@ -51,7 +52,9 @@ def main(
     if number == 13:
         from experiments.bench.offload.figure_13 import bench_offload
 
-        measured = bench_offload(out or Path("runs/fig13"), offloading)
+        out = out or Path("runs/fig13")
+        check_folder(out)
+        measured = bench_offload(out, offloading)
         print_result({"figure": 13, **measured})
         return
     if number == 22:

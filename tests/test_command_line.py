@@ -206,3 +206,16 @@ def test_a_number_may_have_hyphens_as_other_words_may():
         {"ep": 2, "dp": 3},
         ["--optim.lr=1"],
     )
+
+
+def test_a_bench_refuses_a_folder_that_cannot_be_written_before_it_measures(
+    tmp_path, monkeypatch, capsys
+):
+    measured = []
+    bench = "experiments.bench.overlap.speedups.bench_overlap"
+    monkeypatch.setattr(bench, lambda *_: measured.append(1) or {})
+    out = tmp_path / "report.json"
+    out.touch()
+    assert call("bench", "overlap", "--out", str(out)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --out") and said.count("\n") == 1 and not measured

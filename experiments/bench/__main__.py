@@ -15,7 +15,7 @@ from experiments.bench.other_settings import (
     TimelineSetting,
     TrainingSetting,
 )
-from experiments.bench.setting import OVERLAP_OPTIONS, Setting
+from experiments.bench.setting import OVERLAP_OPTIONS, Setting, check_folder
 from experiments.engine import links
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
@@ -46,6 +46,7 @@ def overlap(*, setting: Setting = USUAL_OVERLAP, out: Path = OUT) -> None:
     """Measure how much of the All-to-All every architecture and schedule hides."""
     from experiments.bench.overlap.speedups import bench_overlap
 
+    check_folder(out)
     print_result(bench_overlap(setting, out))
 
 
@@ -59,6 +60,7 @@ def train(*overrides: str, setting: TrainingSetting = USUAL_TRAINING, out: Path 
     links.require()
     from experiments.bench.training.slow_network import bench_train
 
+    check_folder(out)
     print_result(bench_train(setting, overrides, out))
 
 
@@ -67,6 +69,7 @@ def inference(*, setting: InferenceSetting = USUAL_INFERENCE, out: Path = OUT) -
     """Measure prefill and decode between ranks, and generation with and without a cache."""
     from experiments.bench.inference.gains import bench_inference
 
+    check_folder(out)
     print_result(bench_inference(setting, out))
 
 
@@ -88,6 +91,7 @@ def timeline(
             )
         return print_result(timeline.draw_plan(run))
     links.require()
+    check_folder(out)
     print_result(timeline.bench_timeline(setting, out))
 
 

@@ -157,7 +157,7 @@ class LayerSetting:
     top_k: Count = 2
     rounds: Count = 15
     threads: Count = 1
-    capacity: float | None = None
+    capacity: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1e6))] | None = None
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:

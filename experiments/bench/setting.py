@@ -6,6 +6,7 @@ Nothing here imports torch, so the command line is read and refused at once.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, cast
 
 from cyclopts import ArgumentCollection, Group, Parameter, validators
@@ -243,6 +244,14 @@ def pair_setting(config: Config, share: float, ranks: int, tokens: int) -> Setti
         num_experts=config.moe.num_experts,
         rows=(),
     )
+
+
+def check_folder(out: Path) -> None:
+    """Raise ConfigError if a folder cannot take a report, which is written when all is measured."""
+    from scmoe.training.run.machine import why_not_writable
+
+    if (why := why_not_writable(out)) is not None:
+        raise ConfigError(f"--out cannot be written: {why}. Give another folder")
 
 
 def check_ranks(ranks: int) -> None:

@@ -51,10 +51,13 @@ PAPERS = {  # by the share of communication that emulates the machine
 def printed_speedups(report: dict[str, Any]) -> Printed | None:
     """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they
     are of pairs, and of several sequences a rank."""
-    sequence = report.get("setting", {}).get("seq_len")
+    setting = report.get("setting", {})
+    sequence = setting.get("seq_len")
     is_usual = report.get("every", 2) == 2 and report.get("top_k", 1) == 1
     is_one_sequence = sequence is not None and sequence == report.get("tokens")
-    return PAPERS.get(report["wanted_share"]) if is_usual and not is_one_sequence else None
+    if setting.get("links") == "loopback" or is_one_sequence or not is_usual:
+        return None  # no rate was searched for the share, or the paper has no such blocks
+    return PAPERS.get(report["wanted_share"])
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -189,7 +192,8 @@ def line_colors(rows: Collection[str]) -> dict[str, str]:
 
 def limit_of(report: dict[str, Any], row: str, figures: Row, kind: Kind) -> float | None:
     """Return the speed-up of top-2 without its communication; None for a row of other work."""
-    if architecture_of(row) in OTHER_WORK:
+    is_usual = architecture_of(row) == "top2" or report.get("top_k", 1) == 1
+    if architecture_of(row) in OTHER_WORK or not is_usual:
         return None
     if kind == "forward":
         return report["limit_forward"]

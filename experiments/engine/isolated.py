@@ -86,7 +86,8 @@ def run_part(part: CheckPart, place: Place, work: Path) -> dict[str, Any]:
     suffixes."""
     if lacking := [name for name in part.packages if find_spec(name) is None]:
         return {"state": "missing", "why": f"not installed: {', '.join(lacking)}", "pieces": {}}
-    results, output = work.with_suffix(".json"), work.with_suffix(".txt")
+    # no with_suffix: the name of a part may have a dot, such as overlap-0.52
+    results, output = Path(f"{work}.json"), Path(f"{work}.txt")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.preload"])
     process: Any = context.Process(target=_become_part, args=(part, place, results, output))

@@ -181,7 +181,8 @@ def read_reports(folder: Path) -> list[Measured]:
 
 def measured_in(content: Mapping[str, Any], name: str) -> Iterator[Measured]:
     """Yield the reports of a file: one, or one for each load. Blocks with an MoE in each, and
-    layouts that drop rows, are left out: the simulator has nothing that is compared there."""
+    layouts that drop rows or send empty ones, are left out: the simulator has nothing that is
+    compared there."""
     for report in content.get("loads", [content]):
         shaped = report.get("device") == "cpu" and report.get("link_mbit") is not None
         if "top2_operators_ms" not in report or not shaped:
@@ -189,7 +190,8 @@ def measured_in(content: Mapping[str, Any], name: str) -> Iterator[Measured]:
         if report.get("every", 2) != 2 or report.get("top_k", 1) != 1:
             continue
         load = report["load"]["name"] if "load" in report else None
-        if load is not None and report["layout"] != "dropless":
+        exact = ("dropless", "capacity:1") if load is None else ("dropless",)
+        if report.get("layout", "dropless") not in exact:
             continue
         yield measured_of(report, name, load)
 

@@ -365,7 +365,7 @@ def advise_each(config: str, words: Sequence[str], listed: str) -> None:
     ).show()
     draw(facts, key, f"{Path(config).stem}: what each step brings\nPrediction; whiskers: 90 %")
     say(f"picture: {PICTURE}")
-    print_result({"key": key, "values": facts})
+    print_result({"key": key, "rows": lines, "values": facts})  # rows: what `scmoe report` shows
 
 
 def line_of(facts: Mapping[str, Any]) -> dict[str, Any]:

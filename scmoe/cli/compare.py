@@ -38,5 +38,10 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
     gains = compare.gains_of_schedules(runs, letters)
     tables = (compare.results_table(runs, letters), compare.differences_table(runs, letters))
     console(ONE_LINE, stderr=False).print(*tables, *gains, sep="\n")
-    compare.draw(runs, compare.run_labels(runs, letters), out)
+    try:
+        compare.draw(runs, compare.run_labels(runs, letters), out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out is {str(out)!r}, which cannot be written: {error.strerror}. Give another file."
+        ) from error
     print(out)

@@ -23,7 +23,8 @@ class Options:
         prompt: text to continue (default: the start of a document)
         prompts: JSON lines: {"prompt": "..."} or {"prompt": "...", "seed": 7}
         out: where the texts of --prompts go, as JSON lines
-        max_tokens: new tokens of a text at most (default: 100, or what fits)
+        max_tokens: new tokens of a text at most (default: 100, or what fits beside the longest
+            prompt of all)
         temperature: 0: always the likeliest token
         top_k: choose among this many of the most likely tokens; 0: among all
         top_p: choose among the most likely tokens that have this probability together

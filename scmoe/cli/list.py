@@ -8,6 +8,7 @@ def main(*extensions: KeyValue) -> None:
         extensions: extensions=[...], modules whose names are listed too
     """
     from rich.table import Column, Table
+    from rich.text import Text
 
     from scmoe.config.help import catalogue
     from scmoe.config.load import load_config
@@ -20,5 +21,5 @@ def main(*extensions: KeyValue) -> None:
             Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2)
         )
         for row in rows:
-            table.add_row(*filter(None, row))
+            table.add_row(*map(Text, filter(None, row)))  # as Text, brackets are no markup
         screen.print(f"[bold]{title}[/bold]", table, "", sep="\n")

@@ -60,13 +60,12 @@ def two_batches_in_training(config: Config) -> Refusals:
 
 
 def check_samples(config: Config, samples: int) -> None:
-    """Raise ConfigError for samples=N of a rank in a step that two batches in flight cannot
+    """Raise ConfigError for samples=N of a rank in a batch that two batches in flight cannot
     halve."""
-    least = 2 * config.trainer.accumulate
-    if config.schedule.batches_in_flight == 2 and samples < least:
+    if config.schedule.batches_in_flight == 2 and samples < 2:
         raise ConfigError(
             f"command line: samples is {samples}, but {KEY}=2 halves a rank's batch. Give"
-            f" samples={least} or more"
+            " samples=2 or more"
         )
 
 

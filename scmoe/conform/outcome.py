@@ -88,8 +88,11 @@ def reproducers(exam: Exam, answers: Answers) -> dict[str, str]:
     scripts = {}
     for name, of_places in answers.items():
         for ranks, answer in of_places.items():
-            if name in plays and name not in scripts and answer.difference is not None:
-                scripts[name] = reproducer(exam, ranks, plays[name], answer.difference)
+            difference = answer.difference
+            # why: it has another shape, or no rank has it, so there is no number to print
+            if difference is None or difference.why or name not in plays or name in scripts:
+                continue
+            scripts[name] = reproducer(exam, ranks, plays[name], difference)
     return scripts
 
 

@@ -72,8 +72,8 @@ def make_batch(config: Config, samples: int) -> dict[str, Tensor]:
 
 
 def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) -> Config:
-    """Return the config on so many ranks with so many samples each, on nodes of NODE ranks, or of
-    trainer.devices if an override sets them.
+    """Return the config on so many ranks with so many samples of each in a batch, on nodes of NODE
+    ranks, or of trainer.devices if an override sets them.
 
     ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide,
     samples are too few for two batches in flight, or a rule is broken.
@@ -93,10 +93,13 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
             f"command line: ranks is {ranks}, which is no multiple of the {node} ranks of a node."
             " trainer.devices=N sets another number"
         )
-    check_samples(read_unchecked(source, overrides), samples)
+    asked = read_unchecked(source, overrides)
+    check_samples(asked, samples)
     # without a number above 0, `load_config` refuses trainer.devices
     nodes = ranks // node if node else 1
-    sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
+    # without a number above 0, `load_config` refuses trainer.accumulate
+    step = ranks * samples * max(1, asked.trainer.accumulate)
+    sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={step}"]
     return load_config(source, [f"trainer.devices={devices}", *overrides, *sizes])
 
 

@@ -4,6 +4,7 @@ torch."""
 import subprocess
 import sys
 
+from scmoe.command_line import call
 from scmoe.config.fields import Config
 from scmoe.config.help import catalogue, help_text
 from scmoe.config.leaves import leaves
@@ -37,3 +38,11 @@ def test_help_and_refusals_do_not_import_torch():
     code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
     code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_brackets_of_a_comment_are_listed_as_they_are(tmp_path, monkeypatch, capsys):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.yaml").write_text("# Sizes of [/data/a], [no gate]\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert call("list") == 0
+    assert "Sizes of [/data/a], [no gate]" in " ".join(capsys.readouterr().out.split())

@@ -11,7 +11,9 @@ from experiments.engine.ranks import PRELOADED, run_ranks
 from scmoe.cli import conform
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.conform.exam import PLACE_ALONE, Exam, pools_of
+from scmoe.conform.equality import Difference
+from scmoe.conform.exam import PLACE_ALONE, Answer, Exam, pools_of
+from scmoe.conform.outcome import reproducers
 from scmoe.conform.questions import FIRST_QUESTIONS, QUESTION_NAMES, RAISES
 from scmoe.conform.rank_pool import Played
 from scmoe.conform.source import make_of
@@ -143,3 +145,14 @@ def test_a_layer_that_cannot_be_made_does_not_pass_by_raising():
     pools = {PLACE_ALONE: Crashing(), "2": Crashing()}
     answers = Exam("layer.py:make", "float64", pools, ["2"], [RAISES], 1.0, lambda *_: None).run()
     assert answers[RAISES]["2"].answer == "crashed"
+
+
+def test_a_tensor_of_another_shape_has_no_script():
+    exam = Exam("a.py:make", "float64", {}, ["2"], [], 1.0, lambda *_: None)
+    shape = Difference("output", 0, why="its shape is [3], not [4]")
+    number = Difference("router gradient/router", 0, (0, 1), 2.0, 1.0, 2.0)
+    answers = {
+        "outputs": {"2": Answer("failed", shape)},
+        "router gradients": {"2": Answer("failed", number)},
+    }
+    assert [*reproducers(exam, answers)] == ["router gradients"]

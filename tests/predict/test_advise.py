@@ -440,3 +440,13 @@ def test_six_ranks_are_not_in_a_node_of_eight(counted):
     profile = read_profile("4x8xH200-InfiniBand")
     said = [advise(compared, profile, on_three._replace(ep_sizes=(n,))).to_do for n in (4, 6)]
     assert "in the node" in said[0] and "in the node" not in said[1]
+
+
+def test_the_advice_of_a_list_of_values_can_be_reported(monkeypatch, tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    words = ("cluster=8xH100", "model.layers=2", "ep=8", "data.global_batch_size=32")
+    assert call("advise", "quickstart", *words, "samples=1,4") == 0
+    Path("advice.json").write_text(capfd.readouterr().out, encoding="utf-8")
+    assert call("report", "advice.json") == 0
+    assert "two batches" in Path("report.html").read_text(encoding="utf-8")

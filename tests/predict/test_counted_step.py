@@ -124,3 +124,8 @@ def test_a_sample_too_few_for_two_batches_in_flight_is_refused_with_what_the_com
     with pytest.raises(ConfigError, match="samples=2 or more"):
         load_for(TINY, RANKS, 1, words)
     assert load_for(TINY, RANKS, 2, words).schedule.batches_in_flight == 2
+
+
+def test_samples_are_those_of_a_rank_in_a_batch():
+    config = load_for(TINY, RANKS, 3, ["data.name=synthetic", "trainer.accumulate=2"])
+    assert config.data.global_batch_size == 2 * 3 * RANKS

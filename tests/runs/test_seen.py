@@ -372,3 +372,10 @@ def test_the_best_loss_is_no_nan_where_a_validation_has_a_number(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(Config()))
     (tmp_path / "metrics.csv").write_text("step,val/loss\n1,nan\n3,4.5\n5,4.25\n")
     assert SeenRun(tmp_path).best_loss == 4.25
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    run_dir = str(make_run(tmp_path, "a"))
+    (tmp_path / "notes").touch()
+    assert call("compare", run_dir, run_dir, "--out", str(tmp_path / "notes/c.png")) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -336,9 +336,7 @@ def timelines(place: Place) -> dict[str, Any]:
     in numbers what the pictures show.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rate, timelines_of = run_alone(
-            watch, setting_at(place, TRANSFER_SHARE), "pos2", Path(folder)
-        )
+        rate, timelines_of, _ = run_alone(watch, setting_at(place, TRANSFER_SHARE), Path(folder))
         trace = Path(folder, KEPT_TRACE).read_bytes()
         (place.out / "pair.json.gz").write_bytes(gzip.compress(trace))
     facts: dict[str, Any] = {"bus_rate": rate}

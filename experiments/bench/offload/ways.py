@@ -31,6 +31,7 @@ from experiments.bench.other_settings import OffloadSetting
 from experiments.bench.pairs import BLOCK_TOP_K, ROWS, WIRING_OF
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
@@ -112,8 +113,9 @@ def find_fetch_rate(
     for _ in range(1 + RATE_TRIALS):
         times = rounds(two, caches, min(setting.tokens), few)
         if not times.kept:
-            raise RuntimeError(
-                f"the process had no core in {setting.limit_s:g} s: measure on a quieter machine"
+            raise ConfigError(
+                f"the process had to wait for a core in each round of {setting.limit_s:g} s."
+                " Measure with other work stopped, or give more seconds as --limit-s"
             )
         resident_s, blocking_s = (median(seconds) for seconds in times.seconds.values())
         wanted_s = cost * block_and_window(times.operators, variants[RESIDENT])[0]

@@ -94,6 +94,13 @@ def name_of_report(setting: Setting) -> str:
         words.append("every-1")
     if setting.top_k != 1:
         words.append(f"top-{setting.top_k}")
+    sizes = {  # the number, and the usual one
+        "dim": (setting.dim, usual.dim),
+        "ffn": (setting.ffn_dim, 4 * setting.dim),
+        "heads": (setting.heads, usual.heads),
+        "experts": (setting.num_experts, usual.num_experts),
+    }
+    words += [f"{what}-{number}" for what, (number, usually) in sizes.items() if number != usually]
     if setting.layout is not None:
         words.append(setting.layout.replace(":", "-"))
     return "-".join(words) + loads_suffix(setting.loads)

@@ -21,6 +21,7 @@ With a load (scmoe/loads.py) routers deal tokens by it in place of their own cho
 each architecture also trains on the links with balanced routing. Losses mean nothing then.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -149,11 +150,23 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
     }
     if setting.load is not None:
         report["load"] = {"name": setting.load, **imbalances[setting.rows[0]]}
-    two = "two-batches-" if any(batches_of(row) == 2 for row in rows) else ""
-    loads = [] if setting.load is None else [setting.load]
-    name = f"train-{two}share-{setting.share:g}{loads_suffix(loads)}"
-    publish(report, tables(report), draw, out / name)
+    publish(report, tables(report), draw, out / name_of_report(setting, overrides))
     return report
+
+
+def name_of_report(setting: TrainingSetting, overrides: Sequence[str]) -> str:
+    """Return the name of the report's files, without a suffix: what is not usual is in it."""
+    usual = TrainingSetting()
+    words = ["train"]
+    if any(batches_of(row) == 2 for row in setting.rows):
+        words.append("two-batches")
+    words.append(f"share-{setting.share:g}")
+    if setting.ranks != usual.ranks:
+        words.append(f"{setting.ranks}-ranks")
+    given = [*([] if setting.config == usual.config else [setting.config]), *overrides]
+    words += [re.sub(r"[^\w.=]+", "-", word) for word in given]
+    loads = [] if setting.load is None else [setting.load]
+    return "-".join(words)[:200] + loads_suffix(loads)  # a file's name has 255 letters at most
 
 
 def refuse_unequal(config: Config) -> None:
@@ -317,6 +330,9 @@ def searched(rank: int, world_size: int, pair: Setting, start: float | None = No
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the validation loss of each row against the seconds that its training took."""
+    words = ""
+    if "load" in report:
+        words = f", {report['load']['name']}: routers do not choose, so losses mean nothing"
     with chart(path, 3.4 + 0.2 * len(report["rows"])) as figure:
         axis = figure.subplots()
         colors = line_colors(report["rows"])
@@ -339,5 +355,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
         heading(
             figure,
             f"{report['config']} on {report['ranks']} ranks, links of {report['link_mbit']:.0f}"
-            " Mbit/s",
+            f" Mbit/s{words}",
         )

@@ -107,7 +107,7 @@ def point_latest(root: Path, run_dir: Path) -> None:
     """
     fresh = root / f".latest-{uuid.uuid4().hex[:8]}"
     try:
-        fresh.symlink_to(run_dir.resolve().relative_to(root.resolve()))
+        fresh.symlink_to(run_dir.relative_to(root))  # not resolved: a folder of it may be a link
         os.replace(fresh, root / "latest")
     except OSError as error:
         fresh.unlink(missing_ok=True)

@@ -54,3 +54,17 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
     report = (out / "report.md").read_text()
     assert all(part["why"] in report for part in found.values() if "why" in part)
     assert json.loads((out / "results.json").read_text())["parts"] == found
+
+
+def test_parts_whose_names_differ_behind_a_dot_keep_their_results_apart(tmp_path):
+    module = "tests.support.check_parts:pieces"
+    parts = {
+        "share-0.52": CheckPart("Measures", module, 30, (), ("measure",)),
+        "share-0.15": CheckPart(
+            "Cannot be imported", "tests.support.no_such_module:pieces", 30, ()
+        ),
+    }
+    found = run_parts(parts, Place("cpu", True, tmp_path))
+    assert found["share-0.52"]["state"] == "ok"
+    assert found["share-0.15"]["state"] == "failed"
+    assert found["share-0.15"]["pieces"] == {}

@@ -311,3 +311,20 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         assert call("figure", *map(str, words)) == 2, words
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line, line
+
+
+def test_a_report_of_the_loopback_device_has_no_values_of_the_paper():
+    """No rate was searched there, so it emulates no machine."""
+    assert "paper" in report_of(0.52)
+    report = report_of(0.52, links="loopback")
+    assert "paper" not in report
+    assert speed_chart.printed_speedups(report) is None
+
+
+def test_rows_of_more_routed_experts_have_no_limit_of_top2():
+    """scmoe_pos2 is scmoe2 then."""
+    report = report_of(0.52, ("top2", "shared_expert", "scmoe_pos2"), top_k=2)
+    groups = speed_chart.speed_bars(report, "forward", None)
+    limits = {name: bar.limit for name, (bar,) in groups.items()}
+    assert limits.pop(name_of("top2")) is not None
+    assert set(limits.values()) == {None}

@@ -231,3 +231,12 @@ def test_a_report_without_sizes_has_the_usual_sizes_of_its_level():
     assert (setting.tokens, setting.ffn_dim) == (320, 512)
     assert setting.layers == Setting(level="iteration").layers
     assert setting.seq_len == Setting(level="iteration").seq_len
+
+
+@pytest.mark.parametrize(("layout", "is_read"), [("capacity:1", True), ("capacity:2", False)])
+def test_a_balanced_report_of_another_layout_is_left_out(layout, is_read, folder):
+    path = folder / "emulated-500.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | {"layout": layout}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    names = [report.name for report in read_reports(folder)]
+    assert ("emulated-500" in names) is is_read

@@ -187,3 +187,13 @@ def test_runs_that_are_started_at_the_same_time_have_a_directory_each(tmp_path, 
     with ThreadPoolExecutor(8) as pool:
         dirs = [path for paths in pool.map(begin, range(8)) for path in paths]
     assert len({*dirs}) == 160
+
+
+def test_a_run_starts_where_its_experiment_s_folder_is_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    root = tmp_path / "runs"
+    root.mkdir()
+    (root / "a").symlink_to(tmp_path / "disk")
+    run_dir = create_run_dir(root, "a", [], "name: a\n")
+    assert (root / "latest").resolve() == run_dir.resolve()
+    assert (root / "latest/config.yaml").read_text() == "name: a\n"

@@ -3,6 +3,7 @@
 No card is needed: the profile is written by hand in the form in which torch exports one.
 """
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,19 @@ def test_the_largest_files_go_until_the_limits_are_kept(tmp_path, monkeypatch):
         "3.png",
         "4.png",
     ]
+
+
+def test_the_timelines_are_asked_for_as_the_bench_measures_them(tmp_path, monkeypatch):
+    spans = [Span("attention", 0, 2), Span("dispatch", 1, 2)]
+
+    def alone(measure, *words):
+        asked = inspect.signature(measure).bind(0, 1, *words).arguments
+        (asked["out"] / steps.KEPT_TRACE).write_text("{}", encoding="utf-8")
+        return 0.5, {kind: {"a: measured": spans} for kind in ("forward", "backward")}, {}
+
+    monkeypatch.setattr(steps, "run_alone", alone)
+    monkeypatch.setattr(steps, "find_spec", lambda name: None)
+    facts = steps.timelines(Place("cpu", True, tmp_path))
+    assert facts["bus_rate"] == 0.5
+    assert facts["backward"] == {"a: measured": {"ms": 2, "beside": 1.0}}
+    assert (tmp_path / "pair.json.gz").exists()

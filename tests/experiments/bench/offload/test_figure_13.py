@@ -2,8 +2,14 @@
 
 import json
 
+import pytest
+
+from experiments.bench.offload import ways
+from experiments.bench.offload.cases import RESIDENT
 from experiments.bench.offload.figure_13 import first_case_figures, read_architectures
+from experiments.bench.other_settings import OffloadSetting
 from experiments.bench.row import to_json
+from scmoe.config.leaves import ConfigError
 from tests.support.pages import ROOT
 
 
@@ -22,3 +28,11 @@ def without_null(value):
     if not isinstance(value, dict):
         return value
     return {name: without_null(each) for name, each in value.items() if each is not None}
+
+
+def test_a_machine_that_is_too_busy_is_one_line(monkeypatch):
+    kept_none = ways.Times({RESIDENT: [], "blocking": []})
+    monkeypatch.setattr(ways, "rounds", lambda *_: kept_none)
+    variants = dict.fromkeys((RESIDENT, "blocking"))
+    with pytest.raises(ConfigError, match="wait for a core"):
+        ways.find_fetch_rate(variants, [], 0.8, OffloadSetting(quick=True))

@@ -134,3 +134,23 @@ def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
 
 
 # -------------------------------------------------- the least time of an iteration
+
+
+def test_a_report_of_other_sizes_has_a_name_of_its_own():
+    settings = [
+        Setting(compute="real"),
+        Setting(compute="real", dim=1024),
+        Setting(compute="real", ffn_dim=1024),
+        Setting(compute="real", heads=4),
+        Setting(compute="real", num_experts=16),
+    ]
+    names = [name_of_report(setting) for setting in settings]
+    assert len(set(names)) == len(settings)
+    assert names[0] == "overlap-real-block-2-ranks-share-0.52"
+
+
+@pytest.mark.parametrize("factor", ["0", "-1", "nan", "2e6"])
+def test_a_capacity_factor_that_no_layer_takes_is_refused(factor, capsys):
+    assert call("bench", "layer", f"--capacity={factor}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "--capacity" in line

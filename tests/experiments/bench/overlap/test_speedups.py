@@ -171,7 +171,7 @@ def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(
     assert report["gradient_mb"] == 4 * block * 4 / 2**20
     assert own["gradient_mb"] == 4 * (block + shared + tap_norm) * 4 / 2**20
     (picture,) = tmp_path.glob("*.png")
-    assert picture.stem == f"overlap-{compute}-iteration-2-ranks-share-0.52-every-1"
+    assert picture.stem == f"overlap-{compute}-iteration-2-ranks-share-0.52-every-1-ffn-128"
 
 
 @pytest.mark.faults
@@ -246,7 +246,7 @@ def test_bench_overlap_with_two_batches_in_flight(tiny_on_loopback, tmp_path):
     assert one["auto_of_both"]["batches_in_flight"] in (1, 2)
     assert one["auto_of_both"]["over_best"] > 0 and "auto_of_both" not in two
     (picture,) = tmp_path.glob("*.png")
-    assert picture.stem.endswith("-layers-2")
+    assert picture.stem.endswith("-layers-2-ffn-128")
 
 
 def test_more_routed_experts_than_there_are_are_refused_before_a_measurement():

@@ -36,7 +36,8 @@ def test_bench_train(tmp_path):
             assert parts == pytest.approx(row["exposed_s"])
         assert row["rows_over_gradients"] > 0 and row["peak_mb"] > 0
         assert len(row["val_losses"]) == 2 and row["val_losses"][-1][1] == row["val_loss"]
-    assert (tmp_path / "train-two-batches-share-0.52.png").exists()
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.name.startswith("train-two-batches-share-0.52-debug-trainer.max_steps=60-")
 
 
 def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_path, monkeypatch):
@@ -51,3 +52,30 @@ def test_bench_train_refuses_to_stop_early(tmp_path):
     with pytest.raises(ConfigError, match="early_stopping"):
         setting = TrainingSetting("debug", rounds=2, rows=("top2",))
         slow_network.bench_train(setting, ["trainer.early_stopping=1"], tmp_path)
+
+
+def test_reports_of_other_trainings_have_other_names():
+    asked = [
+        (TrainingSetting(), []),
+        (TrainingSetting(ranks=4), []),
+        (TrainingSetting("debug"), []),
+        (TrainingSetting(), ["model.dim=512"]),
+        (TrainingSetting(), ["model.dim=256"]),
+    ]
+    names = {slow_network.name_of_report(*each) for each in asked}
+    assert len(names) == len(asked)
+    assert "train-share-0.52" in names
+
+
+def test_the_chart_of_a_load_says_that_its_losses_mean_nothing(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(slow_network, "heading", lambda figure, words: said.append(words))
+    numbers = ("tokens_per_s", "speedup", "step_s", "compute_s", "rows_over_gradients", "val_loss")
+    row = dict.fromkeys(numbers, 1.0)
+    row |= {"quartiles": [1.0, 1.0], "val_losses": [[1.0, 5.0], [2.0, 4.0]]}
+    report = {"config": "debug", "ranks": 2, "link_mbit": 100.0, "rows": {"top2": row}}
+    slow_network.draw(report, tmp_path / "own.png")
+    slow_network.draw(report | {"load": {"name": "hot_rank:1.7"}}, tmp_path / "load.png")
+    own, at_load = said
+    assert own.endswith("Mbit/s")
+    assert "hot_rank:1.7" in at_load and "losses mean nothing" in at_load
