@@ -140,7 +140,9 @@ def _unread_of_routing(config: Config) -> Unread:
         yield "only moe.capacity_factor=null is dropless", ("moe.dropless_ceiling",)
     if moe.rows != "buffers":
         yield "only moe.rows=buffers has buffers", ("moe.overflow",)
-    if moe.top_k == 1:
+    # stage 4 of swin keeps two experts, whatever stage 3 keeps
+    has_stage_4 = config.model.family == "swin" and moe.architecture != "dense"
+    if moe.top_k == 1 and not (has_stage_4 and moe.num_experts > 1):
         yield "moe.top_k=1 always keeps the raw probability", ("moe.renormalise",)
     if moe.router in OWN_WEIGHTS:
         yield f"moe.router={moe.router} fixes it", ("moe.renormalise",)

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 from torchmetrics.aggregation import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -189,10 +190,14 @@ class MoEModule(LightningModule):
         self.step_sums_LE2 = None
 
     def on_validation_epoch_start(self) -> None:
-        """Make the sums float64 again: bf16-true moves the module to bfloat16, with its sums."""
-        for metric in self.children():
+        """Begin all sums at 0, as a validation that was cut off leaves its own. Make them float64
+        again: bf16-true moves the module to bfloat16, with its sums."""
+        self.val_load_sums = None
+        for name, metric in self.named_children():
             if isinstance(metric, SumMetric):
                 metric.set_dtype(torch.float64)
+            if isinstance(metric, Metric) and name.startswith("val_"):
+                metric.reset()
 
     def note_validation(self, nats: Tensor, num_targets: Tensor, stats: list[RouterStats]) -> None:
         """Add one validation step to val/loss and to the experts' load."""

@@ -274,3 +274,9 @@ def test_a_missing_or_binary_file_or_a_circle_is_refused(tmp_path, write):
     write("a.yaml", "extends: b.yaml\n")
     assert "extends itself" in refusal(write("b.yaml", "extends: a.yaml\n"))
     assert "extends itself" in refusal(write("self.yaml", "extends: ./self.yaml\n"))
+
+
+def test_stage_4_of_swin_reads_renormalise_where_stage_3_keeps_one_expert():
+    config = load_config("quickstart_vision", ["moe.renormalise=false"])
+    assert config.moe.top_k == 1 and not config.moe.renormalise
+    assert "moe.renormalise" in refusal(None, "moe.renormalise=false")

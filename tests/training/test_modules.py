@@ -66,3 +66,14 @@ def test_labels_that_bf16_true_has_rounded_are_probabilities_again():
     batch = {"images": torch.zeros(1), "labels": labels_BC.bfloat16()}
     nats, _, _ = module.task_loss(batch)
     assert float(nats) == pytest.approx(math.log(1000), rel=1e-5)
+
+
+def test_a_validation_that_was_cut_off_counts_in_no_later_one():
+    """After Ctrl-C in a notebook the same module may go on."""
+    module = build_module(tiny())
+    for nats in (3.0, 1.0):
+        module.on_validation_epoch_start()
+        module.note_validation(torch.tensor(nats), torch.tensor(2), [])
+        module.val_bytes.update(torch.tensor(4))
+    assert (float(module.val_nats.compute()), int(module.val_targets.compute())) == (1.0, 2)
+    assert int(module.val_bytes.compute()) == 4

@@ -24,7 +24,10 @@ class SkippedImages(Callback):
 
     def count(self, batch: dict[str, Tensor]) -> None:
         """Add the images of a batch that could not be read."""
-        skipped = batch["skipped"].sum()
+        if "skipped" in batch:
+            skipped = batch["skipped"].sum()
+        else:  # a data set of an extension need not have it
+            skipped = torch.zeros((), dtype=torch.int64, device=batch["images"].device)
         self.of_rank = self.of_rank.to(skipped.device) + skipped
 
     def on_train_batch_end(

@@ -35,6 +35,7 @@ class Throughput(Callback):
         self.window_seconds = 0.0
         self.tflops = 0.0  # of one batch on one device
         self.started: float | None = None
+        self.in_batch = False
         self.warm = False
 
     @property
@@ -64,6 +65,7 @@ class Throughput(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         if self.started is None:
             self.started = time.perf_counter()
+        self.in_batch = True
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -76,6 +78,7 @@ class Throughput(Callback):
         self.window_batches += 1
         self.window_seconds += ended - self.started
         self.started = ended
+        self.in_batch = False
         self.warm = True
         if logs_now(trainer, batch_idx):
             self.log_amount(trainer, module)
@@ -103,4 +106,6 @@ class Throughput(Callback):
         self.started = None
 
     def on_save_checkpoint(self, *_: Any) -> None:
-        self.started = None
+        """Leave out the time of a save, unless a user's callback saves inside a batch."""
+        if not self.in_batch:
+            self.started = None

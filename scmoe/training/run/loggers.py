@@ -188,8 +188,9 @@ class SafeTensorBoardLogger(TensorBoardLogger):
         Images. load: its file, which need not exist."""
         for number, text in enumerate(samples, 1):
             self._try(self.experiment.add_text, f"samples/{number}", text, step)
-        if load.exists():
-            from matplotlib.image import imread  # it has drawn the file
+        # it has drawn the file, but perhaps for the part of the run before this one
+        if load.exists() and find_spec("matplotlib"):
+            from matplotlib.image import imread
 
             pixels_HWC = imread(load)
             add_image = partial(self.experiment.add_image, dataformats="HWC")

@@ -47,3 +47,9 @@ def test_a_resumed_run_goes_on_counting_skipped_images():
             SimpleNamespace(is_global_zero=rank == 0), None, checkpoint
         )  # type: ignore
     assert [int(c.of_rank) for c in counted] == [2, 5, 0]
+
+
+def test_batches_of_an_extension_need_not_say_what_was_skipped():
+    counted = SkippedImages()
+    counted.count({"images": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2, 5)})
+    assert int(counted.of_rank) == 0

@@ -186,3 +186,18 @@ def test_a_peak_is_known_or_absent(device, precision, known):
     found = peak_tflops(device, precision)
     assert found == (BF16_TFLOPS[device] if known else None)
     assert found is None or (math.isfinite(found) and found > 0)
+
+
+def test_a_save_inside_a_batch_does_not_end_the_run():
+    """A user's callback may save when a batch starts, after Throughput has begun to count."""
+    logged = Logged()
+    logged.model = tiny_model(tiny("model.layers=2"))
+    callback = Throughput(4, 12)
+    callback.on_train_start(logged, logged)
+    for i in range(2):
+        callback.on_train_batch_start()
+        callback.on_save_checkpoint()
+        callback.on_train_batch_end(logged, logged, None, None, i)
+    assert callback.mean is not None and callback.mean > 0
+    callback.on_save_checkpoint()
+    assert callback.started is None, "between two batches the time of a save is left out"

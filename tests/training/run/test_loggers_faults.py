@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -150,3 +151,15 @@ config = load_config(None, [
 ])
 print(f"went on: {train.train(config)['steps']} steps")
 """
+
+
+def test_a_resumed_run_without_matplotlib_ends_well(monkeypatch, tmp_path):
+    """It finds the heat map that an earlier part of the run has drawn."""
+    pytest.importorskip("tensorboard")
+    picture = tmp_path / "expert_load.png"
+    picture.write_bytes(b"")
+    for name in ("matplotlib", "matplotlib.image"):
+        monkeypatch.setitem(sys.modules, name, None)
+    logger = loggers.SafeTensorBoardLogger(tmp_path, name="tensorboard", version="")
+    logger.log_results(4, [], picture)
+    assert not logger.lost
