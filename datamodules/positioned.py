@@ -216,17 +216,26 @@ class Watched(Dataset):
 
     def __init__(self, dataset: Dataset, workers: int) -> None:
         self.dataset = dataset
-        # of each worker: its process and its sample
-        self.reading_W2 = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
+        # of each worker: its process, the sample that it reads (-1: none), 1 if that has raised
+        self.reading_W3 = torch.full((workers, 3), -1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         assert isinstance(self.dataset, Sized)
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> Any:
-        if worker := get_worker_info():
-            self.reading_W2[worker.id] = torch.tensor([os.getpid(), i])
-        return self.dataset[i]
+        worker = get_worker_info()
+        # a worker reads on after an error, but the sample that has raised stays noted
+        if worker is None or self.reading_W3[worker.id, 2] == 1:
+            return self.dataset[i]
+        self.reading_W3[worker.id] = torch.tensor([os.getpid(), i, 0])
+        try:
+            item = self.dataset[i]
+        except Exception:
+            self.reading_W3[worker.id, 2] = 1
+            raise
+        self.reading_W3[worker.id, 1] = -1
+        return item
 
     def note(self, error: BaseException) -> None:
         """Add to a DataLoader's error about a worker the sample that this worker was reading."""
@@ -234,8 +243,8 @@ class Watched(Dataset):
         pids = [int(pid) for group in DEAD.findall(text) for pid in group.split(",")]
         raised = [int(worker) for worker in RAISED.findall(text)]
         name = type(self.dataset).__name__
-        for worker, (pid, sample) in enumerate(self.reading_W2.tolist()):
-            if sample >= 0 and (pid in pids or worker in raised):
+        for worker, (pid, sample, has_raised) in enumerate(self.reading_W3.tolist()):
+            if sample >= 0 and (pid in pids or (has_raised == 1 and worker in raised)):
                 error.add_note(
                     f"data worker {worker} (pid {pid}) was reading sample {sample} of {name}"
                 )

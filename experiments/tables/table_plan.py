@@ -67,6 +67,11 @@ def plan_table(table: PaperTable, options: TableOptions, overrides: Sequence[str
     if (options.jobs or 0) < 0:
         raise ConfigError(f"--jobs is {options.jobs}. Give 0 for one process, or 1 or more")
     config = load_config(scale.config, overrides)
+    if config.trainer.fast_dev_run:
+        raise ConfigError(
+            "trainer.fast_dev_run is true, but a table compares whole trainings. Leave it out;"
+            " --scale smoke is the short trial of a table"
+        )
     folder = Path(config.runs_dir) / "tables" / f"{table.name}-{name}"
     if options.to is not None and (options.to / folder.name).resolve() == folder.resolve():
         raise ConfigError(

@@ -58,5 +58,5 @@ def _lines(row: tuple[str, ...]) -> list[str]:
 
 def _first_comment(path: Path) -> str:
     """Return the first line of a file that is a comment, without its sign."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")

@@ -10,6 +10,7 @@ interpolated. Tags, anchors, aliases and repeated keys are errors.
 """
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +36,7 @@ _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
 _NULL = ("", "~", "null", "None")
+_NOT_FINITE = {".inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}  # as YAML writes them
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -248,7 +250,7 @@ def _guessed(value: Any) -> Any:
     for number in (int, float):
         with suppress(ValueError):
             return number(text)
-    return text
+    return _NOT_FINITE.get(text, text)
 
 
 def _text(value: Any) -> str:
@@ -355,6 +357,9 @@ def shipped_and_own() -> dict[str, Path]:
     """
     roots = (SHIPPED, Path("configs"))
     files = {
-        f"configs/{file.relative_to(root)}": file for root in roots for file in root.rglob("*.yaml")
+        f"configs/{file.relative_to(root)}": file
+        for root in roots
+        for file in root.rglob("*.yaml")
+        if file.is_file()
     }
     return dict(sorted(files.items()))

@@ -147,11 +147,10 @@ def _moe(config: Config) -> Refusals:
     if moe.top_k > moe.num_experts:
         yield "moe.top_k", f"at most moe.num_experts, {moe.num_experts}"
     others = model.layers - len(moe.leading_dense)
-    if others < moe.every or not all(1 <= width <= 2**17 for width in moe.leading_dense):
-        yield (
-            "moe.leading_dense",
-            f"widths of 1 to 2^17, at most {model.layers - moe.every} of model.layers",
-        )
+    fit = others >= moe.every and all(1 <= width <= 2**17 for width in moe.leading_dense)
+    if moe.leading_dense and not fit:
+        most = max(0, model.layers - moe.every)
+        yield "moe.leading_dense", f"widths of 1 to 2^17, at most {most} of model.layers"
     if others % moe.every:
         without = " plus the number of moe.leading_dense" if moe.leading_dense else ""
         yield "model.layers", f"a multiple of moe.every, {moe.every}{without}"

@@ -112,7 +112,7 @@ class Exam:
         if not compared:
             return Answer("not asked", why=f"the adapter names no {' or '.join(kinds)}")
         if not self._can_compare(compared, played.records[0], measure):
-            return Answer("not asked", why="there is no measure: one process is the measure")
+            return self._without_measure(question.play)
 
         difference = equality.first_difference(played.records, measure, compared, tolerance)
         if difference is None:
@@ -120,6 +120,13 @@ class Exam:
         if question in FIRST_QUESTIONS:
             self.reported[place] |= {*question.kinds}
         return Answer("failed", difference)
+
+    def _without_measure(self, play: str) -> Answer:
+        """Return why nothing can be compared: one process has failed, or it is what is asked."""
+        alone = self.plays.get((play, PLACE_ALONE))
+        if alone is not None and alone.outcome in FAILURES:
+            return Answer(alone.outcome, why=f"one process, which is the measure: {alone.why}")
+        return Answer("not asked", why="there is no measure: one process is the measure")
 
     def _can_compare(self, kinds: list[str], record: Record, measure: Record) -> bool:
         alone = [name.removeprefix(EXPECTED) for name in record if name.startswith(EXPECTED)]

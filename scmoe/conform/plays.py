@@ -352,8 +352,9 @@ def loaded(seat: Seat, folder: str) -> Record:
             record[f"expected loaded/{name}"] = dense[name]
     for i, tensors in layer.plain_experts(value).items():
         for name, tensor in tensors.items():
-            record[f"loaded/{i}/{name}"] = tensor
-            record[f"expected loaded/{i}/{name}"] = weights.experts[i][name]
+            if name in weights.experts[i]:
+                record[f"loaded/{i}/{name}"] = tensor
+                record[f"expected loaded/{i}/{name}"] = weights.experts[i][name]
     return record
 
 

@@ -35,6 +35,7 @@ from scmoe.conform.source import make_of
 START_S = 300.0  # more for the first play of a layer, whose file and libraries are imported then
 OTHER_RANKS_S = 3.0  # after a first failure, how long other ranks may take to fail too
 NO_LAYER = "no layer"
+ENDED = "the process ended without a report"
 LAST_LINES = 5  # of what ranks have printed, where one ended without a word
 
 
@@ -88,7 +89,8 @@ class RankPool:
             if answer.outcome == NO_LAYER:
                 raise ConfigError(f"{asked.source} cannot be imported: {answer.why}")
         played = self._judge(answers, limit_s)
-        if played.silent or (played.outcome == "crashed" and self.size > 1):
+        has_ended = any(answer.why.startswith(ENDED) for answer in answers.values())
+        if played.silent or has_ended or (played.outcome == "crashed" and self.size > 1):
             self.close()
         return played
 
@@ -140,7 +142,7 @@ class RankPool:
         except (EOFError, ConnectionError):
             printed = self.log.read_text(encoding="utf-8", errors="replace")
             last = " / ".join(printed.strip().splitlines()[-LAST_LINES:])
-            return Played("crashed", why=f"the process ended without a report; it printed: {last}")
+            return Played("crashed", why=f"{ENDED}; it printed: {last}")
 
     def _judge(self, answers: dict[int, Played], limit_s: float) -> Played:
         silent = tuple(rank for rank in range(self.size) if rank not in answers)

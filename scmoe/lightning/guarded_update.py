@@ -6,14 +6,13 @@ because each holds other experts. They also check nothing if nothing is clipped.
 optimizer that is stepped without Lightning (`use_pl_optimizer=False`).
 """
 
-from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scmoe.lightning.seam.loops import original_after_closure, replace_after_closure
+from scmoe.lightning.unsupported import check_optimization, check_precision
 from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.guard import Guard, clip_grad_norm
 
@@ -107,44 +106,3 @@ def guard_updates(plugin: Any, module: nn.Module, mesh: Mesh) -> GuardedUpdate:
     if isinstance(installed, GuardedUpdate) and installed.module is module:
         return installed
     return GuardedUpdate(plugin, module, mesh)
-
-
-def check_precision(plugin: Any) -> None:
-    """Raise ValueError for float16.
-
-    Unscaled gradients vanish in it, and a scaler skips a step on one rank alone.
-    """
-    if plugin is not None and plugin.precision in ("16-true", "16-mixed"):
-        allowed = "32-true, bf16-mixed, bf16-true, 64-true"
-        raise ValueError(
-            f"trainer.precision is {plugin.precision}, allowed: {allowed}; float16 has too small a"
-            " range"
-        )
-
-
-def check_optimization(module: Any, mesh: Mesh) -> None:
-    """Raise ValueError for a module that calls backward itself where dense weights are split.
-
-    Its backward runs inside FSDP's outermost forward. Gradients of the weights outside of blocks
-    would then be summed by chance only, and a second forward in the step would find split weights.
-    """
-    if mesh.dense_mesh is not None and not module.automatic_optimization:
-        raise ValueError(
-            f"{type(module).__name__} has automatic_optimization=False, which is not supported"
-            " where dense weights are split. Use dense='replicated'"
-        )
-
-
-# Their copy of the module would hold one rank's experts.
-COPYING = (WeightAveraging, StochasticWeightAveraging)
-
-
-def check_callbacks(callbacks: Iterable[Any]) -> None:
-    """Raise ValueError for a callback that averages weights in a copy of the module."""
-    for callback in callbacks:
-        if isinstance(callback, COPYING):
-            raise ValueError(
-                f"the callback {type(callback).__name__} keeps a copy of the module, which would"
-                " hold one rank's experts alone. Leave it out, and average the weights of"
-                " checkpoints instead"
-            )

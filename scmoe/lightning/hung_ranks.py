@@ -1,6 +1,7 @@
 """If ranks have died or hang, the others name them in their error and end the job (fault 14 of
 docs/troubleshooting.md). The Strategy's `on_exception` calls it: after a collective has taken
-longer than the Strategy's timeout_s, or its connection has closed.
+longer than the Strategy's timeout_s, or its connection has closed. That is so over gloo. Over NCCL
+torch ends a process whose collective has timed out, without an exception that could be caught.
 
 The error of a collective only says that it timed out or that a connection closed. So the remaining
 ranks contact each other once more, briefly, in a group that the broken collective has not used: a

@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
+from scmoe.lightning.guarded_update import guard_updates
 from scmoe.lightning.hung_ranks import end_job_at_exit, note_absent
 from scmoe.lightning.job import RunningJob, meeting, prepare_backends, say, time_limits
+from scmoe.lightning.random_draws import draw_seed, with_own_draws
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
     SavePostponed,
@@ -43,6 +44,7 @@ from scmoe.lightning.trainer_checkpoints import (
     save_or_postpone,
     warn_of_skipped_save,
 )
+from scmoe.lightning.unsupported import check_callbacks, check_optimizers, check_precision
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.dense.dense_auto import memory_estimates, memory_of_rank, pick_dense
@@ -214,6 +216,7 @@ class ExpertParallelStrategy(DDPStrategy):
             self._set_up_fit(trainer)
 
     def _set_up_fit(self, trainer: Any) -> None:
+        check_optimizers(self.optimizers, self.module, self.mesh)
         self.job.trained = self.module
         self.in_training = True
 
@@ -224,7 +227,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
         guarded = guard_updates(self.precision_plugin, self.module, self.mesh)
         self.at_teardown.callback(guarded.remove)
-        torch.cuda.manual_seed(self._seed_of_rank())
+        torch.cuda.manual_seed(draw_seed())
 
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
@@ -286,18 +289,13 @@ class ExpertParallelStrategy(DDPStrategy):
 
     on_test_end = on_predict_end = on_validation_end
 
-    def _seed_of_rank(self) -> int:
-        return int(torch.randint(2**62, (), device="cpu")) + self.global_rank
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step, in which ranks draw different numbers (dropout, gate noise).
 
         Outside of it they draw equal ones: each rank draws the order of all samples and takes its
         share of them.
         """
-        seed = self._seed_of_rank()
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)
+        with with_own_draws(self.global_rank, self.root_device):
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -122,12 +122,19 @@ def build_mesh(ep_size: int, device: torch.device, timeout: timedelta) -> Mesh:
 
     Each group is made with the timeout, which it does not inherit from the default group.
     `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
-    Raises ValueError if ep_size does not divide the number of ranks.
+    Raises ValueError if ep_size does not divide the number of ranks, or if the rows of GPUs would
+    travel over gloo.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
         raise ValueError(
             f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})"
+        )
+    over_gloo = device.type == "cuda" and "cuda:gloo" in dist.get_backend_config()
+    if over_gloo and ep_size > 1:
+        raise ValueError(
+            f"ep_size is {ep_size}, allowed: 1, as the ranks were started with gloo, which sends no"
+            " rows of a GPU. Start them with nccl, the default"
         )
     grid = torch.arange(world_size).view(-1, ep_size)
 

@@ -48,7 +48,8 @@ def read_asked(name: str | Path, overrides: Sequence[str] = ()) -> AskedConfig:
     combinations of values."""
     path = find(name)
     typed = frozenset(key_of(word) for word in overrides)
-    has_batch = path.parent.name != "model" or "data.global_batch_size" in typed
+    is_preset = path.resolve().parent.parts[-2:] == ("configs", "model")
+    has_batch = not is_preset or "data.global_batch_size" in typed
     return AskedConfig(
         f"{path} and command line", read_unchecked(path, overrides), typed, has_batch
     )

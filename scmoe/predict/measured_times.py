@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.leaves import ConfigError
+from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import read_text
 from scmoe.planning.plan_file import plan_from_json
 from scmoe.predict.advised_rows import Choice, Simulator, Slowdown
@@ -90,16 +90,26 @@ def slowdown_of_file(
     neither a plan, nor a bench's report, nor a trace of cards."""
     content = parse(path)
     if REPORT in content:
-        return slowdown_of_report(content, path, simulator, models[0])
+        return slowdown_of_report(content, path, as_scmoe_runs(simulator), models[0])
     model, choice = known_choice(models, simulator.job, ranks_per_node)
     if "layers" in content:
-        return slowdown_of_plan(content, path, simulator, model, choice)
+        return slowdown_of_plan(content, path, as_scmoe_runs(simulator), model, choice)
     if "traceEvents" in content:
         return slowdown_of_trace(content["traceEvents"], path, simulator, model, choice)
     raise ConfigError(
         f"measured is {path}, allowed: a plan.json of a run, a report of `scmoe bench overlap`,"
         " or a profiler's trace"
     )
+
+
+def as_scmoe_runs(simulator: Simulator) -> Simulator:
+    """Return a simulator of the same job as scmoe itself runs and measures it: each copy of a token
+    travels, in the type of combine's rows and once, and no weight is shared by several ranks."""
+    job = simulator.job
+    sizes = job.sizes._replace(
+        sent=job.sizes.received, once_a_node=False, tensor_parallel=1, transfers_again=False
+    )
+    return Simulator(simulator.machine, job._replace(sizes=sizes), simulator.scale)
 
 
 def slowdown_of_trace(
@@ -155,7 +165,15 @@ def slowdown_of_plan(
         measured = plan_from_json(plan).layers
     except ValueError as error:
         raise ConfigError(f"measured is {path}, but {error}") from error
-    was = plan.get("conditions", {}).get("ep_size", choice.ep_size)
+    conditions = plan.get("conditions", {})
+    trainer = simulator.job.config.trainer
+    for key, value in (("precision", trainer.precision), ("recompute", trainer.recompute)):
+        if conditions.get(key, value) != value:
+            raise ConfigError(
+                f"measured is {path}, measured with trainer.{key}={show(conditions[key])}, allowed:"
+                f" {show(value)}, as this job has"
+            )
+    was = conditions.get("ep_size", choice.ep_size)
     if was != choice.ep_size:
         raise ConfigError(
             f"measured is {path}, which was measured with EP {was}, not {choice.ep_size}. Give"

@@ -33,7 +33,8 @@ def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
     table = Table("", "run", "state", *numbers, box=box.SIMPLE_HEAD, pad_edge=False)
     for letter, run in zip(letters, runs, strict=True):
         curve, speed = run.curve("val/loss"), run.per_s
-        losses = [f"{run.best_loss:.4f}", f"{curve[-1][1]:.4f}"] if curve else ["", ""]
+        best = "" if run.best_loss is None else f"{run.best_loss:.4f}"  # all may be NaN
+        losses = [best, f"{curve[-1][1]:.4f}" if curve else ""]
         steps = f"{run.steps}/{run.max_steps}"
         table.add_row(
             letter, Text(str(run.path)), run.state, steps, *losses, f"{speed:,.0f}" if speed else ""

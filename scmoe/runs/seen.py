@@ -3,6 +3,7 @@ differ."""
 
 import csv
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -209,12 +210,18 @@ def train(config: Config) -> SeenRun | None:
 
 
 def find_runs(folder: Path) -> list[SeenRun]:
-    """Return all run directories below a folder, the newest first."""
-    runs = [
-        SeenRun(path.parent)
-        for path in folder.rglob("overrides.txt")
-        if (path.parent / "config.yaml").exists()
-    ]
+    """Return all run directories below a folder, the newest first, each once.
+
+    The folder of an experiment may be a link to another disk. The link `latest` is left out.
+    """
+    runs = list[SeenRun]()
+    seen = set[str]()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen else [name for name in folders if name != "latest"]
+        if real not in seen and {"overrides.txt", "config.yaml"} <= {*names}:
+            runs.append(SeenRun(Path(here)))
+        seen.add(real)
     return sorted(runs, key=lambda run: run.begun, reverse=True)
 
 

@@ -171,9 +171,9 @@ def run_online(sweep: Sweep) -> tuple[str, int]:
     from scmoe.training.run.wandb_logger import wandb_mode, wandb_project
 
     if (mode := wandb_mode(sweep.base)) not in ("auto", "online"):
+        key = "WANDB_MODE" if sweep.base.logger.mode == "auto" else "logger.mode"
         raise ConfigError(
-            f"logger.mode is {mode!r}, so W&B would see no trial. Set auto or online, or add"
-            " --local"
+            f"{key} is {mode!r}, so W&B would see no trial. Set auto or online, or add --local"
         )
     project = sweep.raw.get("project") or wandb_project(sweep.base)
     try:

@@ -46,3 +46,13 @@ def test_brackets_of_a_comment_are_listed_as_they_are(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert call("list") == 0
     assert "Sizes of [/data/a], [no gate]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_config_that_cannot_be_read_does_not_end_the_list(tmp_path, monkeypatch, capsys):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.yaml").write_bytes("# Größe\n".encode("latin-1"))
+    (tmp_path / "configs/gone.yaml").symlink_to("nowhere.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert call("list") == 0
+    listed = capsys.readouterr().out
+    assert "configs/mine.yaml" in listed and "gone.yaml" not in listed

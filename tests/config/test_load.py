@@ -12,7 +12,7 @@ from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config, LoggerConfig
 from scmoe.config.leaves import ConfigError, flatten, four_digits
-from scmoe.config.load import load_config
+from scmoe.config.load import load_config, load_text
 from tests.support.configs import IMPOSSIBLE
 
 
@@ -280,3 +280,16 @@ def test_stage_4_of_swin_reads_renormalise_where_stage_3_keeps_one_expert():
     config = load_config("quickstart_vision", ["moe.renormalise=false"])
     assert config.moe.top_k == 1 and not config.moe.renormalise
     assert "moe.renormalise" in refusal(None, "moe.renormalise=false")
+
+
+@pytest.mark.parametrize("overrides", ["model.layers=1", "moe.every=4 model.layers=2"])
+def test_too_few_layers_are_named_and_not_dense_blocks_that_nobody_has_set(overrides):
+    line = refusal(None, *overrides.split())
+    assert line.startswith("command line: model.layers is ") and "a multiple of moe.every" in line
+
+
+def test_an_infinite_option_survives_saving():
+    extension = "extensions=[json]"
+    config = load_config(None, [extension, "options.most=inf", "options.least=-inf"])
+    assert load_text(to_yaml(config), "kept", [extension]) == config
+    assert config.options == {"most": float("inf"), "least": float("-inf")}

@@ -6,14 +6,18 @@ import json
 from contextlib import redirect_stdout
 
 import pytest
+import torch
 
 from experiments.engine.ranks import PRELOADED, run_ranks
 from scmoe.cli import conform
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.conform.equality import Difference
+from scmoe.conform.adapter import Adapter, Group
+from scmoe.conform.equality import Difference, first_difference
 from scmoe.conform.exam import PLACE_ALONE, Answer, Exam, pools_of
 from scmoe.conform.outcome import reproducers
+from scmoe.conform.plays import Seat, loaded
+from scmoe.conform.problem import draw_weights
 from scmoe.conform.questions import FIRST_QUESTIONS, QUESTION_NAMES, RAISES
 from scmoe.conform.rank_pool import Played
 from scmoe.conform.source import make_of
@@ -156,3 +160,51 @@ def test_a_tensor_of_another_shape_has_no_script():
         "router gradients": {"2": Answer("failed", number)},
     }
     assert [*reproducers(exam, answers)] == ["router gradients"]
+
+
+def test_a_process_that_ends_costs_its_question_alone(pools, tmp_path):
+    """Also where it is the only one: the next question starts another."""
+    layer = tmp_path / "ending_layer.py"
+    text = "import os\n\n\ndef make(group, weights, dtype):\n    os._exit(3)\n"
+    layer.write_text(text, encoding="utf-8")
+    named = ["outputs", "recompute"]
+    answers = ask(pools, f"{layer}:make", named, places=(PLACE_ALONE,))
+    assert answers == {name: {PLACE_ALONE: "crashed"} for name in named}
+    right = ask(pools, f"{LAYERS}:make", ["outputs"], places=(PLACE_ALONE,))
+    assert right == {"outputs": {PLACE_ALONE: "passed"}}
+
+
+class Together:
+    """A pool of two ranks on which a layer works."""
+
+    def ask(self, asked, limit_s, grace_s=0.0):
+        return Played("played", ({"output": torch.ones(2, 2)},) * 2)
+
+
+def test_a_measure_that_crashes_is_not_passed_over():
+    pools = {PLACE_ALONE: Crashing(), "2": Together()}
+    exam = Exam("layer.py:make", "float64", pools, ["2"], ["outputs"], 1.0, lambda *_: None)
+    answer = exam.run()["outputs"]["2"]
+    assert answer.answer == "crashed" and "ValueError" in answer.why
+
+
+def test_a_checkpoint_may_have_tensors_that_conform_did_not_give():
+    """Such as biases of experts, in a layer that is its own measure."""
+
+    def make(group, weights, dtype):
+        given = draw_weights(dtype).experts  # as if they had been loaded
+        experts = {i: {**own, "bias": torch.ones(3)} for i, own in given.items()}
+
+        def read_experts(read):
+            return {i: {name: read(p) for name, p in own.items()} for i, own in experts.items()}
+
+        return Adapter(
+            forward=lambda x_TD: x_TD,
+            experts=read_experts,
+            dense=lambda read: {},
+            load=lambda folder: None,
+        )
+
+    record = loaded(Seat(make, Group(0, 1, 1, None, None), torch.float64), "unused")
+    assert "loaded/0/up" in record and "loaded/0/bias" not in record
+    assert first_difference([record], {}, ["loaded"], {"loaded": 0.0}) is None

@@ -79,3 +79,29 @@ def test_a_text_of_which_nothing_can_be_read_names_its_files(tmp_path):
         (tmp_path / name).write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"a\.txt cannot be read: .*b\.txt cannot be read: "):
         text(tmp_path, skip=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("train.csv", "text\na\nb,c\n"), ("train.jsonl", '{"text": "a"}\n{"text": "b\n')],
+)
+def test_rows_that_cannot_be_read_are_an_error_that_names_them(name, rows, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / name).write_text(rows)
+    with pytest.raises(ValueError, match=r"data\.path is .*rows', whose rows cannot be read: "):
+        hugging_face(str(tmp_path / "rows"), None)
+
+
+def test_a_linked_folder_of_texts_is_read_once(tmp_path):
+    own, disk = tmp_path / "all" / "a", tmp_path / "disk"
+    for place, line in ((own, "own\n"), (disk, "linked\n")):
+        place.mkdir(parents=True)
+        (place / "text.txt").write_text(line * 50)
+    for name in ("one", "two"):
+        (tmp_path / "all" / name).symlink_to(disk)
+    (disk / "back").symlink_to(tmp_path / "all")
+    splits = text(tmp_path / "all").documents
+    read = "".join(document for documents in splits.values() for document in documents)
+    assert read == "own\n" * 50 + "linked\n" * 50

@@ -1,12 +1,15 @@
 """Every world size sees the same batches, and resuming changes nothing."""
 
 import json
+import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from scmoe.datamodules.positioned import Watched
 from scmoe.datamodules.sequences import SyntheticDataModule
 from tests.support.texts import open_texts, write_texts
 
@@ -97,3 +100,31 @@ def test_batches_for_a_gpu_lie_in_pinned_memory(device):
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
     loaders = data.train_dataloader(), data.val_dataloader()
     assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 2
+
+
+def test_the_sample_that_has_raised_is_named_though_its_worker_reads_on():
+    last = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    class Numbers(Dataset):
+        def __getitem__(self, i: int) -> int:
+            last.fill_(i)
+            if i == 3:
+                raise RuntimeError("no such file")
+            return i
+
+        def __len__(self) -> int:
+            return 12
+
+    other = Watched(range(4), 1)
+    assert len(list(DataLoader(other, num_workers=1))) == 4, "a worker 0 that read all"
+    broken = Watched(Numbers(), 1)
+    batches = iter(DataLoader(broken, batch_size=2, num_workers=1, prefetch_factor=3))
+    next(batches)
+    while last < 5:  # the third batch is read before the error of the second one is raised
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError) as caught:
+        next(batches)
+    for each in (broken, other):
+        each.note(caught.value)
+    (note,) = caught.value.__notes__
+    assert note.startswith("data worker 0 ") and note.endswith("reading sample 3 of Numbers")

@@ -10,6 +10,7 @@ import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import scmoe
@@ -500,3 +502,42 @@ def fit_by_hand(rank: int, world_size: int) -> str:
 def test_manual_optimization_is_refused_where_dense_weights_are_split():
     """Gradients of weights outside of blocks would not be summed over ranks."""
     assert all("automatic_optimization=False" in said for said in run_ranks(fit_by_hand, 2))
+
+
+OF_ALL_WEIGHTS: dict[str, Any] = {
+    "ZeroRedundancyOptimizer": lambda p: ZeroRedundancyOptimizer(p, torch.optim.SGD, lr=0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1),
+}
+
+
+def fit_by(rank: int, world_size: int, name: str) -> str:
+    class Other(Model):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return OF_ALL_WEIGHTS[name](self.parameters())
+
+    try:
+        users_trainer(world_size, ExpertParallelStrategy(), max_steps=1).fit(Other(16), data())
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("name", OF_ALL_WEIGHTS)
+def test_optimizers_that_mix_the_weights_of_ranks_are_refused(name):
+    """The first would give all ranks the same experts, the second different dense weights."""
+    said = run_ranks(fit_by, 2, name)
+    assert all(f"the optimizer {name} is not supported" in line for line in said)
+
+
+def seeds_of_gpu(rank: int, world_size: int) -> list[int]:
+    """Return the seeds that the GPU's generator would get outside of training steps."""
+    torch.manual_seed(1)
+    with patch.object(torch.cuda, "manual_seed") as seeded:
+        users_trainer(world_size, ExpertParallelStrategy(), max_steps=1).fit(Model(16), data())
+    return [call.args[0] for call in seeded.call_args_list]
+
+
+def test_outside_of_steps_the_gpus_of_all_ranks_have_one_seed():
+    """Else an optimizer that draws would move each rank's dense weights in its own way."""
+    first, second = run_ranks(seeds_of_gpu, 2)
+    assert first == second != []

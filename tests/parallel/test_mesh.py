@@ -22,7 +22,7 @@ TIMEOUT = timedelta(seconds=77)
 
 
 def groups_of(
-    rank: int, world_size: int, ep_size: int, device: str
+    rank: int, world_size: int, ep_size: int, device: str, backends: str = "cpu:gloo,cuda:nccl"
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the groups that a rank makes, and in whose order it starts them."""
     made: list[dict[str, Any]] = []
@@ -40,6 +40,7 @@ def groups_of(
     with (
         patch.object(dist, "get_rank", return_value=rank),
         patch.object(dist, "get_world_size", return_value=world_size),
+        patch.object(dist, "get_backend_config", return_value=backends),
         patch.object(dist, "new_subgroups_by_enumeration", subgroups),
         patch.object(dist, "new_group", group),
         patch.object(dist, "ProcessGroupNCCL", options, create=True),
@@ -63,6 +64,13 @@ def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
     options = SimpleNamespace(is_high_priority_stream=True, _timeout=TIMEOUT)
     assert of_transfers == [options if device == "cuda" else None] * 2
     assert urgent == dict.fromkeys(("edp", "checkpoint", "control"))
+
+
+def test_the_rows_of_gpus_do_not_travel_over_gloo():
+    with pytest.raises(ValueError, match=r"ep_size is 4, allowed: 1"):
+        groups_of(1, 8, 4, "cuda", "cpu:gloo,cuda:gloo")
+    groups_of(1, 8, 1, "cuda", "cpu:gloo,cuda:gloo")
+    groups_of(1, 8, 4, "cpu", "cpu:gloo,cuda:gloo")
 
 
 def test_all_ranks_make_and_start_their_groups_in_one_order():

@@ -46,3 +46,13 @@ def test_a_stage_of_a_pipeline_has_its_layers_and_ranks():
     job = job_of(Request(read_asked("gpt2_moe_medium"), stage_layers=6, samples=2), profile)
     assert job.sizes.stages == 4 and job.sizes.ranks == 16 and job.sizes.missing == 0
     assert job.config.model.layers == 6 and not job.knows_memory
+
+
+def test_a_file_of_ones_own_in_a_folder_named_model_has_its_batch(tmp_path):
+    """Presets are those of configs/model."""
+    file = tmp_path / "model" / "mine.yaml"
+    file.parent.mkdir()
+    text = "extends: quickstart\nmodel: {layers: 2}\ndata: {global_batch_size: 256}\n"
+    file.write_text(text, encoding="utf-8")
+    job = job_of(Request(read_asked(file)), read_profile("2x8xA800"))
+    assert (job.samples, job.accumulate, job.tokens) == (16, 1, 256 * 256)

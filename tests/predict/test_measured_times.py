@@ -171,3 +171,49 @@ def test_what_was_measured_is_the_model_of_the_config(words, names):
     request = Request(read_asked("quickstart", [*QUICK_WORDS, *words]))
     job, models = counted_on(read_profile("8xH100"), request, *names)
     assert known_choice([*models.values()], job, 8)[0].name == names[0]
+
+
+def test_a_plan_is_compared_with_operators_as_scmoe_runs_them(counted, tmp_path):
+    """scmoe has neither rows in 8 bits nor shared weights: the words of the job are not what was
+    measured."""
+    profile, job, models = counted
+    model, choice = known_choice([*models.values()], job, 8)
+    blocks, _ = Simulator(profile.machine(), job).blocks(model, choice.ep_size)
+    layers = [
+        {
+            "schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1},
+            "times_s": {"1": asdict(block.times)},
+            "sequential_s": [1.0, 1.0],
+            "batches_in_flight": 1,
+        }
+        for block in blocks
+    ]
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"layers": layers}), encoding="utf-8")
+    asked = job._replace(sizes=job.sizes._replace(sent=0.5, tensor_parallel=2))
+    simulator = Simulator(profile.machine(), asked)
+    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
+    assert scale == pytest.approx(Slowdown(1.0, 1.0))
+
+
+@pytest.mark.parametrize(("key", "was"), [("precision", "32-true"), ("recompute", True)])
+def test_a_plan_of_other_kernels_is_refused(key, was, counted, tmp_path):
+    """The job is in bf16-mixed and computes nothing again."""
+    profile, job, models = counted
+    simulator = Simulator(profile.machine(), job)
+    model, choice = known_choice([*models.values()], job, 8)
+    blocks, _ = simulator.blocks(model, choice.ep_size)
+    layers = [
+        {
+            "schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1},
+            "times_s": {"1": asdict(block.times)},
+            "sequential_s": [1.0, 1.0],
+            "batches_in_flight": 1,
+        }
+        for block in blocks
+    ]
+    file = tmp_path / "plan.json"
+    plan = {"layers": layers, "conditions": {"ep_size": choice.ep_size, key: was}}
+    file.write_text(json.dumps(plan), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"measured with trainer.{key}="):
+        slowdown_of_file(file, simulator, [*models.values()], 8)

@@ -379,3 +379,24 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "notes").touch()
     assert call("compare", run_dir, run_dir, "--out", str(tmp_path / "notes/c.png")) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_run_whose_validations_were_all_nan_can_be_compared(folder, capsys):
+    run_dir = make_run(folder, "debug/20261101-120006-n")
+    rows = "step,train/loss,val/loss,time/tokens_per_s\n0,5.0,,\n1,,nan,\n"
+    (run_dir / "metrics.csv").write_text(rows)
+    words = (str(run_dir), str(folder / "latest"), "--out", str(folder / "c.png"))
+    assert call("compare", *words) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "120006-n" in line]
+    assert line.split()[-1] == "nan", "there is no best one"
+
+
+def test_runs_of_an_experiment_on_another_disk_are_listed_once(folder, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    name = make_run(disk, "20261101-120007-x").name
+    (folder / "linked").symlink_to(disk)
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to(f"linked/{name}")
+    (disk / "back").symlink_to(folder)
+    newest, *others = [str(run.path.relative_to(folder)) for run in runs.find_runs(folder)]
+    assert newest == f"linked/{name}" and len(others) == 6

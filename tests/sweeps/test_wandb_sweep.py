@@ -139,3 +139,10 @@ def test_a_server_that_does_not_answer_a_sweep_is_an_error(monkeypatch):
         ):
             run_online(read("configs/sweep/smoke.yaml", ["logger.mode=disabled"]))
     wandb.teardown()
+
+
+def test_the_variable_that_keeps_a_sweep_from_wandb_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"^WANDB_MODE is 'offline', so W&B would see no trial"):
+        run_online(read("configs/sweep/smoke.yaml"))

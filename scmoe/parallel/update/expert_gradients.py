@@ -28,8 +28,8 @@ class ExpertGradientReducer:
     They travel in buckets that are sent while backward runs. Buckets fill in reverse order of
     registration, which is roughly the order of backward. They are sent strictly in order, so that
     all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank
-    only. A frozen shard is in no bucket; it may be frozen or unfrozen between steps, on all ranks
-    together.
+    only; the next backward sends them, also if it reaches no expert. A frozen shard is in no
+    bucket; it may be frozen or unfrozen between steps, on all ranks together.
     """
 
     def __init__(
@@ -48,6 +48,19 @@ class ExpertGradientReducer:
                 self.hooks.append(p.register_hook(self._scale))
             p.requires_grad_(trained)
         self.listening = False
+        self.unsent = False  # an earlier batch may have left gradients on this rank only
+
+    def begin(self, loss: Tensor) -> None:
+        """Prepare the backward of a loss, on every rank: it sends what earlier batches have left.
+        Where it reaches no expert, no expert's hook would begin that."""
+        if not self.enabled:
+            self.unsent = True
+        elif self.unsent and self.mesh.edp_size > 1 and loss.requires_grad:
+            loss.register_hook(self._begin)
+
+    def _begin(self, _: Tensor) -> None:
+        if self.unsent and not self.listening:
+            self._listen()
 
     def _listen(self) -> None:
         """Begin a backward pass."""
@@ -97,7 +110,7 @@ class ExpertGradientReducer:
                     p.grad.copy_(mean.view_as(p))
                 elif used > 0:  # by another rank; else an optimizer leaves it out
                     p.grad = mean.view_as(p).clone()
-        self.listening = False
+        self.listening = self.unsent = False
 
     def remove(self) -> None:
         for hook in self.hooks:

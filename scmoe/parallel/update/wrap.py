@@ -38,10 +38,12 @@ class Wrapped:
         self.module, self.world_size = module, world_size
 
     def own_part(self, loss: Tensor) -> Tensor:
-        """Return what this rank's backward begins with.
+        """Return what this rank's backward begins with, which must follow.
 
         DDP averages gradients over ranks, FSDP sums them.
         """
+        if self.reducer is not None:
+            self.reducer.begin(loss)
         averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
         return loss if averaged else loss / self.world_size
 

@@ -70,7 +70,7 @@ def _train_in_another_process(config: Config) -> dict[str, Any]:
         shown = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
         shown.start()
         try:
-            summary = process.stdout.read()
+            summary = _summary_in(process.stdout)
             process.wait()
         except KeyboardInterrupt:
             # The process saves and ends. It may have received the Ctrl-C too, which asks the same.
@@ -84,6 +84,17 @@ def _train_in_another_process(config: Config) -> dict[str, Any]:
             f"The training has ended with exit code {process.returncode}. Its output says why."
         )
     return json.loads(summary)
+
+
+def _summary_in(stream: Any) -> str:
+    """Return the line with the summary, and print the others: an extension may print."""
+    summary = ""
+    for line in stream:
+        if line.startswith('{"run_dir": '):
+            summary = line
+        else:
+            print(line, end="", flush=True)
+    return summary
 
 
 def _pass_on(stream: Any) -> None:

@@ -172,8 +172,9 @@ def wandb_logger(run_dir: Path, config: Config) -> "SafeWandbLogger":
     except WANDB_TROUBLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if mode != "auto" or offline:
+            way = "WANDB_MODE" if logger.mode == "auto" and mode != "auto" else "logger.mode"
             raise ConfigError(
-                f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}"
+                f"{way} is {resolved}, allowed here: offline | disabled: {reason}"
             ) from error
         say(f"warning: Weights & Biases goes offline: {reason}")
         wandb.teardown()  # otherwise its process would see the id as in use

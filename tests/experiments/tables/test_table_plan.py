@@ -49,3 +49,9 @@ def test_a_folder_for_results_that_cannot_be_written_is_refused_at_once(tmp_path
     options = TableOptions(seeds=1, to=tmp_path / "file")
     with pytest.raises(ConfigError, match="--to cannot be written"):
         plan_table(load_table("table4"), options, [f"runs_dir={tmp_path}"])
+
+
+def test_short_trials_make_no_table(tmp_path):
+    words = [f"runs_dir={tmp_path}", "trainer.fast_dev_run=true"]
+    with pytest.raises(ConfigError, match=r"^trainer\.fast_dev_run is true, but a table"):
+        plan_table(load_table("table4", CONFIGS), TableOptions(), words)

@@ -16,6 +16,7 @@ from experiments.engine.ranks import run_ranks
 from scmoe.api import MoE
 from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
 from scmoe.parallel.update.expert_gradients import ExpertGradientReducer
+from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.wire import Wire
 from tests.support.trainings import tiny, train
 
@@ -107,3 +108,35 @@ def with_unused(rank: int, world_size: int) -> list[list[bool]]:
 def test_experts_that_no_rank_has_used_have_no_gradient():
     """An optimizer would move them by a gradient of zeros: weight decay and momentum."""
     assert run_ranks(with_unused, 2) == [[[True, True, False, False], [True] * 4]] * 2
+
+
+class Skipping(torch.nn.Module):
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self.dense = torch.nn.Linear(16, 16)
+        self.moe = MoE(16, 4, ffn_dim=32, group=wire)
+
+    def forward(self, x: torch.Tensor, skip: bool) -> torch.Tensor:
+        x = self.dense(x)
+        return x if skip else self.moe(x)[0]
+
+
+def of_a_step_that_ends_without_experts(rank: int, world_size: int) -> list[torch.Tensor]:
+    """Return this rank's gradients of all experts after two batches, of which the second skips
+    them."""
+    dist.init_process_group("gloo")
+    mesh = build_mesh(1, torch.device("cpu"), timedelta(seconds=60))
+    torch.manual_seed(1)
+    model = Skipping(Wire(mesh))
+    wrapped = wrap(model, mesh, find_unused_parameters=True)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(rank))
+    with wrapped.no_sync():
+        wrapped.backward(wrapped.module(x, False).square().mean())
+    wrapped.backward(wrapped.module(x, True).square().mean())
+    return [p.grad.clone() for _, p in expert_parameters(model) if p.grad is not None]
+
+
+def test_the_last_batch_of_a_step_sends_what_earlier_ones_have_left():
+    """DDP does so for dense weights. Else copies of experts are moved by other gradients."""
+    mine, theirs = run_ranks(of_a_step_that_ends_without_experts, 2)
+    assert len(mine) == 2 and all(map(torch.equal, mine, theirs))

@@ -4,9 +4,13 @@ others. It starts Python four times, so it is of the fault suite."""
 import json
 import subprocess
 import sys
+from io import StringIO
+from pathlib import Path
 
 import pytest
 
+from scmoe.config.load import load_config
+from scmoe.training.run import from_python
 from tests.support.commands import ROOT, environment
 
 pytestmark = [pytest.mark.ranks, pytest.mark.faults]
@@ -45,3 +49,19 @@ def test_a_notebook_trains_on_one_rank_and_on_two(tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert found == [["finished", 1, 2, "GPT"], ["finished", 2, 2, "GPT"], [True]], done.stderr
     assert done.stderr.count("step 2/2") == 4, "the lines of both trainings are shown"
+
+
+def test_what_an_extension_prints_is_passed_on_and_is_not_the_summary(monkeypatch, capsys):
+    class Ended:
+        returncode = 0
+        stdout = StringIO('hello\n{"run_dir": "runs/a", "steps": 2}\nbye\n')
+        stderr = StringIO("")
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(from_python, "checked_model", lambda config: None)
+    monkeypatch.setattr(from_python.subprocess, "Popen", lambda *_, **__: Ended())
+    config = load_config("debug", ["trainer.devices=2"])
+    assert from_python.train_from_python(config) == Path("runs/a").absolute()
+    assert capsys.readouterr().out == "hello\nbye\n"
