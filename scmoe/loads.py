@@ -243,7 +243,16 @@ def deal(sizes: Sizes, rank: int, current: CurrentLoad) -> Callable[[Tensor], Te
 
 def _dealt(sizes: Sizes, rank: int, current: CurrentLoad, x_TD: Tensor) -> Tensor:
     phase = current.load.phase(current.step, sizes.ranks)
-    return dealt_ids(current.load, sizes, rank, x_TD.shape[0], phase).to(x_TD.device)
+    return dealt_on(x_TD.device, current.load, sizes, rank, x_TD.shape[0], phase)
+
+
+@lru_cache(512)
+def dealt_on(
+    device: torch.device, load: Load, sizes: Sizes, rank: int, num_tokens: int, phase: int
+) -> Tensor:
+    """Return `dealt_ids` on a device. It is copied there once: each copy from the host waits for
+    all that the device has to do."""
+    return dealt_ids(load, sizes, rank, num_tokens, phase).to(device)
 
 
 @lru_cache(512)

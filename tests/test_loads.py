@@ -203,3 +203,11 @@ def test_a_share_that_is_missed_is_said(capsys):
     warn_of_share(0.3, 0.32)
     warn_of_share(None, 0.43)
     assert capsys.readouterr().err == ""
+
+
+def test_choices_are_copied_to_a_device_once():
+    """Each copy lets the host wait for a GPU in the middle of a block."""
+    x_TD = torch.empty(TOKENS, 4, device="meta")
+    dealt = deal(Sizes(EXPERTS, 2, 1), 0, CurrentLoad(load_of(BALANCED)))
+    assert dealt(x_TD) is dealt(x_TD)
+    assert dealt(x_TD).device.type == "meta"

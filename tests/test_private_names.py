@@ -8,6 +8,7 @@ upgrade that changes one, a test fails and shows its name.
 
 import ast
 import inspect
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from torch import nn
 from torch.autograd import Variable
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
@@ -43,6 +45,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.parallel import torch_seam
 
 ROOT = Path(__file__).parents[1]
 
@@ -352,3 +355,10 @@ def test_a_precision_plugin_clips_by_these_names():
     assert "self._after_closure(model, optimizer)" in inspect.getsource(Precision._wrap_closure)
     calls_it = "self.precision_plugin.pre_backward(closure_loss, self.lightning_module)"
     assert calls_it in inspect.getsource(DDPStrategy.backward)
+
+
+def test_whole_weights_need_no_name_that_torch_2_11_lacks(monkeypatch):
+    monkeypatch.delattr(_fsdp_common, "ShardPlacementResult")
+    seam = runpy.run_path(str(torch_seam.__file__))
+    with pytest.raises(RuntimeError, match=r"split dense weights need 2\.12 or later"):
+        seam["split_over"](None, 0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
@@ -16,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
-    ShardPlacementResult,
     TrainingState,
 )
 from torch.distributed.tensor import Shard
@@ -29,17 +29,24 @@ def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
 
 
-def split_over(mesh: DeviceMesh, dim: int) -> ShardPlacementResult:
+def split_over(mesh: DeviceMesh, dim: int) -> Any:
     """Return the placement with which FSDP splits a parameter on `dim` over a mesh's last axis.
 
     Over the first of two axes it keeps copies. Call it once for a mesh: FSDP refuses two placements
-    for one process group.
+    for one process group. RuntimeError: this torch cannot place single parameters.
     """
+    try:  # here, as torch 2.10 and 2.11 lack it, and whole weights do not need it
+        from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+    except ImportError:
+        raise RuntimeError(
+            f"torch is {torch.__version__}, but split dense weights need 2.12 or later. Install it,"
+            " or use strategy.dense=replicated"
+        ) from None
     kind = FSDPMeshInfo(mesh, shard_mesh_dim=0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
     return ShardPlacementResult(Shard(dim), kind)
 
 
-def gather_as_kept(unit: FSDPModule, placement: ShardPlacementResult) -> None:
+def gather_as_kept(unit: FSDPModule, placement: Any) -> None:
     """Gather the parameters placed by `placement` in their own dtype.
 
     The unit's mixed-precision policy is ignored for them. Call it before the first forward.

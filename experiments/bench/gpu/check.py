@@ -23,17 +23,17 @@ FILES, TOTAL_MB = 8, 60  # the most that a check leaves
 NAMED = ("torch", "triton", "lightning", "numpy", "matplotlib", "transformers")
 HERE = "experiments.bench"
 # what the Strategy and the models import
-MODELS = ("numpy", "rich", "lightning", "torchmetrics", "safetensors")
+MODELS = ("numpy", "rich", "lightning", "torchmetrics", "safetensors", "greenlet")
 CONFIGS = (*MODELS, "omegaconf")
 CHECK_PARTS = {
     "tests": CheckPart(
         "The tests that need a GPU",
         f"{HERE}.gpu.check:tests",
         110,
-        ("pytest", "hypothesis", *MODELS),
+        ("pytest", "hypothesis", *CONFIGS),
     ),
     "layer": CheckPart(
-        "The MoE layer over its dense products", f"{HERE}.layer:on_device", 70, ("numpy", "rich")
+        "The MoE layer over its dense products", f"{HERE}.layer:on_device", 70, MODELS
     ),
     "step": CheckPart(
         "A step's operators and waits of the host", f"{HERE}.gpu.steps:profiled", 50, CONFIGS
@@ -144,6 +144,10 @@ class Outcomes:
 
     def __init__(self) -> None:
         self.of: dict[str, Any] = {}
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:  # a file that cannot be imported
+            self.of[report.nodeid] = report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":

@@ -29,9 +29,9 @@ def gradient_mb(measured: Measurement, block: str) -> float:
 
 def row_bytes(setting: Setting, block: str) -> float:
     """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of
-    each MoE."""
+    each MoE. One rank alone, on a GPU, counts as two, as in setting.tokens_for."""
     copies = setting.moe_blocks * setting.top_k_of(block) * setting.tokens
-    rows = 2 * copies * share_sent(setting.ranks)
+    rows = 2 * copies * share_sent(max(2, setting.ranks))
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 
@@ -39,7 +39,7 @@ def rows_over_gradients(measured: Measurement, block: str) -> float:
     """Return the bytes of rows over the bytes of gradients that a rank sends in one training step,
     the latter by a ring of all ranks."""
     setting = measured.setting
-    gradients = 2 * share_sent(setting.ranks) * gradient_mb(measured, block) * 2**20
+    gradients = 2 * share_sent(max(2, setting.ranks)) * gradient_mb(measured, block) * 2**20
     return 2 * setting.accumulate * row_bytes(setting, block) / gradients
 
 

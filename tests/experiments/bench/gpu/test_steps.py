@@ -5,6 +5,7 @@ No card is needed: the profile is written by hand in the form in which torch exp
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,3 +77,18 @@ def test_the_timelines_are_asked_for_as_the_bench_measures_them(tmp_path, monkey
     assert facts["bus_rate"] == 0.5
     assert facts["backward"] == {"a: measured": {"ms": 2, "beside": 1.0}}
     assert (tmp_path / "pair.json.gz").exists()
+
+
+def test_a_missing_package_is_named():
+    """Before a part starts, and where a file of tests cannot be imported."""
+    of_models = {"greenlet", "lightning", "safetensors", "torchmetrics"}
+    for name, part in check.CHECK_PARTS.items():
+        assert of_models <= {*part.packages}, name
+        assert name == "layer" or "omegaconf" in part.packages, name
+    outcomes = check.Outcomes()
+    reason = "E   ModuleNotFoundError: No module named 'greenlet'"
+    for file, failed in (("a.py", True), ("b.py", False)):
+        outcomes.pytest_collectreport(
+            SimpleNamespace(nodeid=file, failed=failed, outcome="failed", longrepr=reason)
+        )
+    assert {file: report.longrepr for file, report in outcomes.of.items()} == {"a.py": reason}

@@ -71,3 +71,12 @@ def test_transfers_take_turns_beside_the_computation(transfers, end):
 def test_an_iteration_has_no_gradients_in_forward_and_updates_after_the_last():
     assert least_time(5.0, 10.0, 1.0, rows=2.0, gradients=[(1.0, 3.0)]) == 16.0
     assert least_time(5.0, 10.0, 1.0, rows=7.0, gradients=[(1.0, 6.0)]) == 7.0 + 13.0 + 1.0
+
+
+def test_one_rank_alone_counts_as_two_where_its_tokens_are_found():
+    """On a GPU: nothing leaves it, but the tokens of its iteration are those of two ranks."""
+    setting = Setting(level="iteration", device="cuda")
+    weights = 4 * 4 * 256**2 + 2 * 2 * 256 * 1024
+    found = SimpleNamespace(setting=setting, gradients={"top2": [(0.5, 4 * weights)]})
+    assert setting.ranks == 1
+    assert rows_over_gradients(found, "top2") == pytest.approx(3.0, rel=0.02)

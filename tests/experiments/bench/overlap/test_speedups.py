@@ -10,12 +10,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from experiments.bench.overlap import rounds, speedups, timeline
 from experiments.bench.overlap.refusals import refuse_impossible
+from experiments.bench.pairs import default_schedule
+from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.row import from_json
 from experiments.bench.setting import Setting
+from experiments.bench.stacks import Variant
 from experiments.engine import links
 from experiments.engine.ranks import run_ranks
 from experiments.simulate.reports import read_reports
@@ -253,3 +258,17 @@ def test_more_routed_experts_than_there_are_are_refused_before_a_measurement():
     for setting in (Setting(top_k=100), Setting(num_experts=2, rows=("top2", "top3"))):
         with pytest.raises(ConfigError, match=r"moe\.top_k is"):
             refuse_impossible(setting)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_processor_time_of_transfers_is_stated_on_cpus_alone(device, monkeypatch):
+    """While the host waits for a GPU it spins, so its time is not that of the transfers."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    times = {
+        Variant("top2", default_schedule("top2"), transfers): VariantTimes(*np.full((5, 2), took))
+        for transfers, took in (("sequential", 2.0), ("free", 1.0))
+    }
+    setting = Setting(0.5, device=device, rows=())
+    report = speedups.summary(rounds.Measurement(setting, 1.0, {}, times, {}, 1))
+    assert report["comm_share"] == 0.5
+    assert ("transfer_cpu_ms_forward" in report) is (device == "cpu")
