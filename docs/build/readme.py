@@ -56,10 +56,10 @@ also be cut in its tokens; that is not measured.
 5. **Where gradients outweigh rows: no.** With {rows_over_gradients:.1f} bytes of rows for a byte \
 of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).
-6. **In quality: top-2 is better at this size; a gain of the shortcut itself is not shown.** Each \
-row at its best learning rate, equal tokens: Pos-2's loss minus top-2's is {registered[top2]}; \
-minus that of top-2 with as many parameters {registered[equal_size]}; minus a shared expert's \
-{registered[shared]} ([registered before its first \
+6. **In quality, at this size: the shortcut itself changes nothing, and top-2 is better.** Each \
+row at its best learning rate, equal tokens: Pos-2's loss minus a shared expert's, the same model \
+without the shortcut, is {registered[shared]}; minus top-2's {registered[top2]}; minus that of \
+top-2 with as many parameters {registered[equal_size]} ([registered before its first \
 run](docs/results/{registered_page}/table.md)). The rate decays to 0. With a decay to a \
 tenth and rates of a shorter search, [Table 3's twin](docs/results/{table}/table.md) shows no \
 difference.
@@ -76,10 +76,11 @@ in flight ([numbers]({headline}.md)).
 shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)). With one sequence of \
 {one[tokens]:,} tokens a rank Pos-3 gains {one[train]} in training and \
 {one[forward]} in inference ([numbers]({one_page}.md)).
-3. **Quality: top-2 is better at this size.** Each row at its best learning rate, \
-equal tokens: Pos-2's loss minus top-2's is {registered[top2]}; minus that of top-2 with as many \
-parameters {registered[equal_size]}; minus a shared expert's {registered[shared]} ([registered \
-before its first run]({registered_page}/table.md)). With rates \
+3. **Quality, at this size: the shortcut itself changes nothing, and top-2 is better.** Each \
+row at its best learning rate, equal tokens: Pos-2's loss minus a shared expert's is \
+{registered[shared]}; minus top-2's {registered[top2]}; minus that of top-2 with as many \
+parameters {registered[equal_size]} ([registered before its first \
+run]({registered_page}/table.md)). With rates \
 that were searched at half length, [Table 3's twin]({table}/table.md) saw no difference at equal \
 tokens ({equal}; {seeds} seeds).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \

@@ -64,6 +64,7 @@ def draw_answers(results: Results, path: Path) -> None:
                 axis.plot(tested["difference"], height, "D", color=OUR_COLOR, label="mean")
                 text = f"{signed.format(tested['difference'])}: {tested['answer']}"
                 _label(axis, text, tested["difference"], height)
+        axis.margins(x=0.3)  # room for the words of a difference near an edge
         names = [pair.replace(" minus ", "\nminus ") for pair in pairs]
         below = f"difference in {results['metric'].replace('_', ' ')},\n{results['unit']}"
         _explain(figure, [axis], names, below, 3)
