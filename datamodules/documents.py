@@ -4,11 +4,12 @@ So held-out text comes after the training text. Splits are deterministic.
 """
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+
+from scmoe.datamodules.folders import walk_once
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
@@ -70,7 +71,8 @@ def text(path: Path, skip: bool = False) -> Documents:
         texts = {split: [_split_file(path, stems)] for split, stems in names.items()}
         return _in_memory(texts, str(path))
     if path.is_dir():
-        candidates = (file for file in _files_below(path) if file.suffix in (".txt", ".md"))
+        below = (Path(here, name) for here, _, names in walk_once(path) for name in names)
+        candidates = (file for file in below if file.suffix in (".txt", ".md"))
         # A dangling link is kept, so that reading it names it.
         files = sorted(file for file in candidates if file.is_file() or not file.exists())
     elif path.is_file():
@@ -152,21 +154,6 @@ def hugging_face(name: str, subset: str | None, field: str = "text") -> Document
     parts = [*(f"{split} {rows[split]._fingerprint}" for split in SPLITS), f" {field}"]
     # A column reads the disk when it is iterated.
     return Documents({split: rows[split][field] for split in SPLITS}, _digest(parts))
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and of those below it, links to folders too. A folder to which
-    several links lead is read once."""
-    seen = set[str]()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        links = {name for name in folders if Path(here, name).is_symlink()}
-        folders[:] = [*sorted({*folders} - links), *sorted(links)]
-        yield from (Path(here, name) for name in names)
 
 
 def _split_file(folder: Path, stems: tuple[str, ...]) -> str:

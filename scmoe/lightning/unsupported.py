@@ -49,9 +49,9 @@ def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module, mesh: M
         name = type(optimizer).__name__
         if any(kind.__name__ in MIXING for kind in type(optimizer).__mro__):
             raise ValueError(
-                f"the optimizer {name} is not supported: it sends weights from rank to rank, and"
-                " ranks hold different experts. Use the optimizer inside it, with dense='sharded'"
-                " where its moments must be split over ranks"
+                f"the optimizer {name} is not supported: it sends weights from rank to rank, where"
+                " experts differ, and checkpoints do not hold its state. Use the optimizer in it,"
+                " with dense='sharded' where its moments must be split over ranks"
             )
         if isinstance(optimizer, LBFGS) and have_own_experts:
             raise ValueError(

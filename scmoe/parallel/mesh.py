@@ -133,8 +133,8 @@ def build_mesh(ep_size: int, device: torch.device, timeout: timedelta) -> Mesh:
     over_gloo = device.type == "cuda" and "cuda:gloo" in dist.get_backend_config()
     if over_gloo and ep_size > 1:
         raise ValueError(
-            f"ep_size is {ep_size}, allowed: 1, as the ranks were started with gloo, which sends no"
-            " rows of a GPU. Start them with nccl, the default"
+            f"ep_size is {ep_size} (None: all ranks), allowed: 1, as the ranks were started with"
+            " gloo, which sends no rows of a GPU. Start them with nccl, the default"
         )
     grid = torch.arange(world_size).view(-1, ep_size)
 

@@ -3,7 +3,6 @@ differ."""
 
 import csv
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import mapping_of, parse_yaml, read_text
 from scmoe.config.registry import IMAGES
+from scmoe.datamodules.folders import walk_once
 from scmoe.files import read_json, warn_once
 from scmoe.training.run.directory import read_metrics, read_state
 
@@ -212,16 +212,14 @@ def train(config: Config) -> SeenRun | None:
 def find_runs(folder: Path) -> list[SeenRun]:
     """Return all run directories below a folder, the newest first, each once.
 
-    The folder of an experiment may be a link to another disk. The link `latest` is left out.
+    The folder of an experiment may be a link to another disk. A link named `latest` is left out.
     """
     runs = list[SeenRun]()
-    seen = set[str]()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [name for name in folders if name != "latest"]
-        if real not in seen and {"overrides.txt", "config.yaml"} <= {*names}:
+    for here, folders, names in walk_once(folder):
+        if "latest" in folders and Path(here, "latest").is_symlink():
+            folders.remove("latest")
+        if {"overrides.txt", "config.yaml"} <= {*names}:
             runs.append(SeenRun(Path(here)))
-        seen.add(real)
     return sorted(runs, key=lambda run: run.begun, reverse=True)
 
 

@@ -67,7 +67,7 @@ def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
 
 
 def test_the_rows_of_gpus_do_not_travel_over_gloo():
-    with pytest.raises(ValueError, match=r"ep_size is 4, allowed: 1"):
+    with pytest.raises(ValueError, match=r"ep_size is 4 .*allowed: 1"):
         groups_of(1, 8, 4, "cuda", "cpu:gloo,cuda:gloo")
     groups_of(1, 8, 1, "cuda", "cpu:gloo,cuda:gloo")
     groups_of(1, 8, 4, "cpu", "cpu:gloo,cuda:gloo")

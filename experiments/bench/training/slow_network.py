@@ -21,7 +21,6 @@ With a load (scmoe/loads.py) routers deal tokens by it in place of their own cho
 each architecture also trains on the links with balanced routing. Losses mean nothing then.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -52,6 +51,7 @@ from scmoe.planning.clock import in_turn, median, quartiles
 from scmoe.predict.costs import estimate
 from scmoe.predict.row_names import batches_of, name_of, way_of_row
 from scmoe.report import Report, publish, say
+from scmoe.training.run.directory import slug_of
 
 CHOSEN = ("schedule.auto=true", "schedule.batches_in_flight=1")  # slot and chunks
 TRAINED_ROWS = {  # the first is sequential: nothing can be hidden in it
@@ -155,7 +155,8 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
 
 
 def name_of_report(setting: TrainingSetting, overrides: Sequence[str]) -> str:
-    """Return the name of the report's files, without a suffix: what is not usual is in it."""
+    """Return the name of the report's files, without a suffix: unusual ranks, configs and overrides
+    are in it, rows (but two batches) and rounds are not."""
     usual = TrainingSetting()
     words = ["train"]
     if any(batches_of(row) == 2 for row in setting.rows):
@@ -163,10 +164,11 @@ def name_of_report(setting: TrainingSetting, overrides: Sequence[str]) -> str:
     words.append(f"share-{setting.share:g}")
     if setting.ranks != usual.ranks:
         words.append(f"{setting.ranks}-ranks")
-    given = [*([] if setting.config == usual.config else [setting.config]), *overrides]
-    words += [re.sub(r"[^\w.=]+", "-", word) for word in given]
+    given = [] if setting.config == usual.config else [f"config={setting.config}"]
+    if slug := slug_of([*given, *overrides]):
+        words.append(slug)
     loads = [] if setting.load is None else [setting.load]
-    return "-".join(words)[:200] + loads_suffix(loads)  # a file's name has 255 letters at most
+    return "-".join(words) + loads_suffix(loads)
 
 
 def refuse_unequal(config: Config) -> None:

@@ -28,8 +28,9 @@ class ExpertGradientReducer:
     They travel in buckets that are sent while backward runs. Buckets fill in reverse order of
     registration, which is roughly the order of backward. They are sent strictly in order, so that
     all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank
-    only; the next backward sends them, also if it reaches no expert. A frozen shard is in no
-    bucket; it may be frozen or unfrozen between steps, on all ranks together.
+    only (`unsent`); the next backward with `enabled` sends them, even if it reaches no expert,
+    provided that `begin` got its loss. A frozen shard is in no bucket; it may be frozen or unfrozen
+    between steps, on all ranks together.
     """
 
     def __init__(
@@ -48,14 +49,13 @@ class ExpertGradientReducer:
                 self.hooks.append(p.register_hook(self._scale))
             p.requires_grad_(trained)
         self.listening = False
-        self.unsent = False  # an earlier batch may have left gradients on this rank only
+        # earlier batches may have left gradients on their ranks; equal on all ranks
+        self.unsent = False
 
     def begin(self, loss: Tensor) -> None:
-        """Prepare the backward of a loss, on every rank: it sends what earlier batches have left.
-        Where it reaches no expert, no expert's hook would begin that."""
-        if not self.enabled:
-            self.unsent = True
-        elif self.unsent and self.mesh.edp_size > 1 and loss.requires_grad:
+        """Let the backward of a loss send what earlier batches have left, even if it reaches no
+        expert, whose hook would begin that. Call it on every rank."""
+        if self.enabled and self.unsent and self.mesh.edp_size > 1 and loss.requires_grad:
             loss.register_hook(self._begin)
 
     def _begin(self, _: Tensor) -> None:

@@ -38,7 +38,8 @@ class Wrapped:
         self.module, self.world_size = module, world_size
 
     def own_part(self, loss: Tensor) -> Tensor:
-        """Return what this rank's backward begins with, which must follow.
+        """Return what this rank's backward begins with. Call it right before that backward, which
+        it prepares.
 
         DDP averages gradients over ranks, FSDP sums them.
         """
@@ -62,6 +63,7 @@ class Wrapped:
             yield
             return
         self.reducer.enabled = False
+        self.reducer.unsent = True
         try:
             with self.module.no_sync():
                 yield
