@@ -91,13 +91,13 @@ def read_trends(results: Path) -> dict[str, Trend]:
 def points_of(results: Path, row: str, baseline: str) -> list[TrendPoint]:
     """Return a row's difference to another one at each width that has results. results: a
     folder."""
-    found = []
+    points = []
     for width, name in WIDTH_RESULTS.items():
         path = results / name / "results.json"
         if path.exists():
             table = json.loads(path.read_text(encoding="utf-8"))
-            found.append(point_of(width, table, row, baseline))
-    return found
+            points.append(point_of(width, table, row, baseline))
+    return points
 
 
 def point_of(width: int, table: Mapping[str, Any], row: str, baseline: str) -> TrendPoint:

@@ -12,7 +12,7 @@ def draw_seed() -> int:
 
 
 @contextmanager
-def with_own_draws(rank: int, device: torch.device) -> Iterator[None]:
+def own_draws(rank: int, device: torch.device) -> Iterator[None]:
     """Let this rank draw other numbers than the others inside, on the CPU and on its device."""
     seed = draw_seed() + rank
     gpus = [device] if device.type == "cuda" else []

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from scmoe.lightning.guarded_update import guard_updates
 from scmoe.lightning.hung_ranks import end_job_at_exit, note_absent
 from scmoe.lightning.job import RunningJob, meeting, prepare_backends, say, time_limits
-from scmoe.lightning.random_draws import draw_seed, with_own_draws
+from scmoe.lightning.random_draws import draw_seed, own_draws
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
     SavePostponed,
@@ -295,7 +295,7 @@ class ExpertParallelStrategy(DDPStrategy):
         Outside of it they draw equal ones: each rank draws the order of all samples and takes its
         share of them.
         """
-        with with_own_draws(self.global_rank, self.root_device):
+        with own_draws(self.global_rank, self.root_device):
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

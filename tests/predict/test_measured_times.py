@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
@@ -173,13 +174,9 @@ def test_what_was_measured_is_the_model_of_the_config(words, names):
     assert known_choice([*models.values()], job, 8)[0].name == names[0]
 
 
-def test_a_plan_is_compared_with_operators_as_scmoe_runs_them(counted, tmp_path):
-    """scmoe has neither rows in 8 bits nor shared weights: the words of the job are not what was
-    measured."""
-    profile, job, models = counted
-    model, choice = known_choice([*models.values()], job, 8)
-    blocks, _ = Simulator(profile.machine(), job).blocks(model, choice.ep_size)
-    layers = [
+def layers_of_plan(blocks: list[Any]) -> list[dict[str, Any]]:
+    """Return the layers of a plan.json whose operators took what is predicted."""
+    return [
         {
             "schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1},
             "times_s": {"1": asdict(block.times)},
@@ -188,6 +185,15 @@ def test_a_plan_is_compared_with_operators_as_scmoe_runs_them(counted, tmp_path)
         }
         for block in blocks
     ]
+
+
+def test_a_plan_is_compared_with_operators_as_scmoe_runs_them(counted, tmp_path):
+    """scmoe has neither rows in 8 bits nor shared weights: the words of the job are not what was
+    measured."""
+    profile, job, models = counted
+    model, choice = known_choice([*models.values()], job, 8)
+    blocks, _ = Simulator(profile.machine(), job).blocks(model, choice.ep_size)
+    layers = layers_of_plan(blocks)
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"layers": layers}), encoding="utf-8")
     asked = job._replace(sizes=job.sizes._replace(sent=0.5, tensor_parallel=2))
@@ -203,15 +209,7 @@ def test_a_plan_of_other_kernels_is_refused(key, was, counted, tmp_path):
     simulator = Simulator(profile.machine(), job)
     model, choice = known_choice([*models.values()], job, 8)
     blocks, _ = simulator.blocks(model, choice.ep_size)
-    layers = [
-        {
-            "schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1},
-            "times_s": {"1": asdict(block.times)},
-            "sequential_s": [1.0, 1.0],
-            "batches_in_flight": 1,
-        }
-        for block in blocks
-    ]
+    layers = layers_of_plan(blocks)
     file = tmp_path / "plan.json"
     plan = {"layers": layers, "conditions": {"ep_size": choice.ep_size, key: was}}
     file.write_text(json.dumps(plan), encoding="utf-8")

@@ -164,8 +164,9 @@ def name_of_report(setting: TrainingSetting, overrides: Sequence[str]) -> str:
     words.append(f"share-{setting.share:g}")
     if setting.ranks != usual.ranks:
         words.append(f"{setting.ranks}-ranks")
-    given = [] if setting.config == usual.config else [f"config={setting.config}"]
-    if slug := slug_of([*given, *overrides]):
+    config = [] if setting.config == usual.config else [f"config={setting.config}"]
+    slug = slug_of([*config, *overrides])
+    if slug:
         words.append(slug)
     loads = [] if setting.load is None else [setting.load]
     return "-".join(words) + loads_suffix(loads)
