@@ -141,8 +141,9 @@ def tables(report: dict[str, Any]) -> list[Report]:
 def cells_with_gain(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what a table shows of a report's rows, with their gain over top-2's best."""
     rows = rows_of(report)
+    cells = table_cells(rows)
     gains = over_top2(rows)
-    return {name: {**row, "over_top2": gains[name]} for name, row in table_cells(rows).items()}
+    return {name: {**row, "over_top2": gains[name]} for name, row in cells.items()}
 
 
 def over_top2(rows: Mapping[str, Row]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.derived import rows_are_filled
 from scmoe.config.fields import Config, MoEConfig
 from scmoe.config.leaves import ConfigError
+from scmoe.config.model_fields import ScheduleConfig
 from scmoe.loads import BALANCED, Load, Sizes, check_load, counts_of, load_of
 from scmoe.models.model_cost import forward_flops
 from scmoe.moe.router import Router
@@ -34,12 +35,10 @@ from scmoe.predict.cluster import Profile
 from scmoe.predict.costs import make_batch
 from scmoe.predict.judged_job import Job, Request, job_in_batches, smaller_requests
 from scmoe.predict.operator_costs import Costs, count
-from scmoe.predict.timed_blocks import JobSizes
 from scmoe.schedule.play import Load as PlayedLoad
 from scmoe.schedule.play import shares
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.assembly.rank_job import rank_job
 
 # of a load, at most; those of a recording are spread over all of it
 PLAYED_STEPS = 8
@@ -76,7 +75,7 @@ def job_of(request: Request, profile: Profile) -> Job:
     if most is None or not first.knows_memory or not smaller:
         return first
     standard = standard_of(first.config)
-    memory = memory_of(build_on_meta(standard, None), "top_k", rank_job(standard))
+    memory = memory_of(build_on_meta(standard, None), "top_k", first.training)
     for job in chain([first], (job_in_batches(each, profile) for each in smaller)):
         if min(memory(ep_size, 1, 1, job.samples) for ep_size in job.ep_sizes) <= most:
             return job
@@ -86,13 +85,10 @@ def job_of(request: Request, profile: Profile) -> Job:
 def models_for(job: Job, profile: Profile, load: str, top1: bool = False) -> list[Model]:
     """Return every architecture of the job, counted, the standard one first. load: of the experts.
     top1: whether it is compared."""
-    config = job.config
     routing = load_of(load)
-    shared_dim = shared_width(config)
-    sizes = job.sizes
     return [
-        counted_model(name, replace(config, moe=moe), profile, routing, shared_dim, sizes)
-        for name, moe in architectures(config.moe, ffn_dim_of(config))
+        counted_model(name, moe, job, profile, routing)
+        for name, moe in architectures(job.config.moe, ffn_dim_of(job.config))
         if name != "top1" or top1
     ]
 
@@ -149,21 +145,14 @@ def shared_width(config: Config) -> int | None:
 # ---------------------------------------------------------------------- counting a model
 
 
-def counted_model(
-    name: str,
-    config: Config,
-    profile: Profile,
-    routing: Load,
-    shared_dim: int | None,
-    sizes: JobSizes,
-) -> Model:
-    """Return the architecture of a config, counted. shared_dim: hidden width of its shared experts,
-    if it is not the config's. sizes: of the pipeline of which the config is a stage."""
-    moe = config.moe
-    usual = replace(config, schedule=type(config.schedule)())
-    training = rank_job(usual)
+def counted_model(name: str, moe: MoEConfig, job: Job, profile: Profile, routing: Load) -> Model:
+    """Return an architecture of a job, counted. moe: its section of the config."""
+    usual = replace(job.config, moe=moe, schedule=ScheduleConfig())
+    shared_dim = shared_width(job.config)
+    training = job.training
+    sizes = job.sizes
     # of the slots that travel, over fair shares
-    slots = moe.capacity_factor if rows_are_padded(config) else None
+    slots = moe.capacity_factor if rows_are_padded(usual) else None
     full_model = build_on_meta(usual, shared_dim)
     routers = [block.moe.router for block in moe_blocks_of(full_model)]
 

@@ -10,6 +10,7 @@ from scmoe.config.halved_batches import without_number
 from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import validate
 from scmoe.loads import BALANCED
+from scmoe.parallel.dense.memory import RankJob
 from scmoe.predict.asked_config import AskedConfig
 from scmoe.predict.cluster import Profile
 from scmoe.predict.timed_blocks import JobSizes
@@ -51,10 +52,11 @@ class Request:
 
 
 class Job(NamedTuple):
-    """What all rows share. sizes: with an EP of 1. ep_sizes: that are tried. samples: of a rank in
-    one batch. prefill: a forward pass is judged, not a step."""
+    """What all rows share. training: what it asks of a rank. sizes: with an EP of 1. ep_sizes: that
+    are tried. samples: of a rank in one batch. prefill: a forward pass is judged, not a step."""
 
     config: Config
+    training: RankJob
     sizes: JobSizes
     ep_sizes: tuple[int, ...]
     samples: int
@@ -110,6 +112,7 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
     tokens = 1 if config.model.family == "swin" else config.data.seq_len
     return Job(
         config,
+        training,
         sizes,
         ep_sizes_of(request, config, ranks),
         samples,

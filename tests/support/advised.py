@@ -1,20 +1,12 @@
 """The models that `scmoe advise` compares, counted once for several tests."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 
 from scmoe.loads import load_of
 from scmoe.predict.asked_config import read_asked
 from scmoe.predict.cluster import Profile, read_profile
-from scmoe.predict.compared_models import (
-    Model,
-    architectures,
-    counted_model,
-    ffn_dim_of,
-    job_of,
-    shared_width,
-)
+from scmoe.predict.compared_models import Model, architectures, counted_model, ffn_dim_of, job_of
 from scmoe.predict.judged_job import Job, Request
 
 # four samples of each of eight ranks
@@ -26,13 +18,10 @@ def counted_on(profile: Profile, request: Request, *names: str) -> tuple[Job, di
     """Return the job of a request, and its models by name, as `models_for` makes them. names: of
     those that are counted; none: all, top1 among them."""
     job = job_of(request, profile)
-    config = job.config
     load = load_of(request.load)
     return job, {
-        name: counted_model(
-            name, replace(config, moe=moe), profile, load, shared_width(config), job.sizes
-        )
-        for name, moe in architectures(config.moe, ffn_dim_of(config))
+        name: counted_model(name, moe, job, profile, load)
+        for name, moe in architectures(job.config.moe, ffn_dim_of(job.config))
         if not names or name in names
     }
 
