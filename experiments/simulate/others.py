@@ -136,7 +136,7 @@ def step_of(run: Mapping[str, Any]) -> float:
     first = job_in_batches(one, profile)
     model = model_of(first, profile)
     job = first._replace(
-        accumulate=job.accumulate,
+        training=replace(first.training, accumulate=job.accumulate),
         sizes=first.sizes._replace(
             rows=float(job.samples), virtual_stages=int(run.get("virtual_stages") or 1)
         ),

@@ -52,18 +52,26 @@ class Request:
 
 
 class Job(NamedTuple):
-    """What all rows share. training: what it asks of a rank. sizes: with an EP of 1. ep_sizes: that
-    are tried. samples: of a rank in one batch. prefill: a forward pass is judged, not a step."""
+    """What all rows share. training: what the job asks of a rank. sizes: with an EP of 1. ep_sizes:
+    that are tried. prefill: a forward pass is judged, not a step."""
 
     config: Config
     training: RankJob
     sizes: JobSizes
     ep_sizes: tuple[int, ...]
-    samples: int
-    accumulate: int
     tokens: int  # of all ranks in a step
     knows_memory: bool
     prefill: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Those of a rank in one batch."""
+        return self.training.samples
+
+    @property
+    def accumulate(self) -> int:
+        """The batches of a step."""
+        return self.training.accumulate
 
     def at(self, ep_size: int) -> JobSizes:
         return self.sizes._replace(ep_size=ep_size)
@@ -115,9 +123,7 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
         training,
         sizes,
         ep_sizes_of(request, config, ranks),
-        samples,
-        1 if request.prefill else accumulate,
-        tokens * samples * groups * (1 if request.prefill else accumulate),
+        tokens * samples * groups * accumulate,
         # what a stage, split products or a prompt allocate is not estimated
         knows_memory=stages == 1 and request.tensor_parallel == 1 and not request.prefill,
         prefill=request.prefill,

@@ -421,9 +421,9 @@ def test_split_weights_are_gathered_with_every_batch(counted):
     profile, job, models = counted
     exposed = {}
     for accumulate in (1, 4):
-        asked = job._replace(
-            ep_sizes=(8,), sizes=job.sizes._replace(split=True), accumulate=accumulate
-        )
+        training = replace(job.training, accumulate=accumulate)
+        sizes = job.sizes._replace(split=True)
+        asked = job._replace(training=training, sizes=sizes, ep_sizes=(8,))
         simulator = Simulator(profile.machine(), asked)
         model = models["top2"]
         step = simulator.step(model, Choice(8, model.schedule, sequential=True))

@@ -72,8 +72,8 @@ def refuse_loads(setting: Setting) -> None:
         for block in blocks:
             sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
             check_load(load, sizes, setting.sequences)
-        fewest = min(rank_sequences(load, setting.sequences, setting.ranks))
-        refuse_halves(setting.rows, fewest)
+        fewest_sequences = min(rank_sequences(load, setting.sequences, setting.ranks))
+        refuse_halves(setting.rows, fewest_sequences)
         if load.kind == "ragged" and setting.layout not in (None, "dropless"):
             raise ConfigError(
                 f"--layout is {setting.layout}, allowed with --load {load.name}: dropless"
