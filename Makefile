@@ -57,7 +57,7 @@ export: $(READY)  ## write the model of RUN (the newest): one safetensors file, 
 	@$(PY) -m scmoe export $(or $(RUN),runs/latest) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
 reproduce: $(READY)  ## seldom: all tables of the paper at SCALE (smoke, small or digits), in turn; can be stopped and continued
-	@$(PY) -m experiments.reproduce --scale $(or $(SCALE),smoke) $(ARGS)
+	@$(PY) -m experiments.table all --scale $(or $(SCALE),smoke) $(ARGS)
 
 table: $(READY)  ## one TABLE (table3) at SCALE; finished runs are skipped, interrupted ones resumed
 	@$(PY) -m experiments.table $(or $(TABLE),table3) --scale $(or $(SCALE),smoke) $(ARGS)
@@ -108,7 +108,7 @@ timeline: $(READY)  ## seldom: one pair's operators, measured and planned (Fig. 
 
 # Not after $(READY): it also runs from a plain checkout with the Python that has torch, where nothing can be installed.
 gpu-check:  ## check everything on one GPU in nine minutes, into the folder OUT; ARGS="--device cpu --tiny" for a trial
-	@$(or $(wildcard $(PY)),$(PYTHON)) -m experiments.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+	@$(or $(wildcard $(PY)),$(PYTHON)) -m experiments.bench gpu $(if $(OUT),--out $(OUT)) $(ARGS)
 
 figures: $(READY)  ## draw the pictures of the docs and write the pages of results, from what is kept there
 	@$(PY) -m experiments.figure 0 $(ARGS)

@@ -1,6 +1,7 @@
+import re
 import sys
 
-from experiments.tables.table_file import TableOptions, check_scale, load_table
+from experiments.tables.table_file import TableOptions, check_scale, load_table, table_names
 from scmoe.command_line import call
 from scmoe.config.installation import require
 from scmoe.files import read_json
@@ -10,16 +11,20 @@ TABLE_DEFAULTS = TableOptions()
 
 
 def main(table: str, /, *overrides: str, options: TableOptions = TABLE_DEFAULTS) -> int:
-    """Run a table of the paper and set our values beside the paper's.
+    """Run a table of the paper, or all of them in turn, and set our values beside the paper's.
 
     Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of
     each. The files are in <runs_dir>/tables/<table>-<scale>; standard output is a summary as JSON.
-    Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
+    For all, what each table costs is said first, and a failed run ends nothing. Exit codes: 1, a
+    run failed; 2, the request was wrong; 130, stopped.
 
     Args:
-        table: a folder of configs/experiment with a table.yaml, such as table3
+        table: a folder of configs/experiment with a table.yaml, such as table3; all: those of the
+            paper's tables 1 to 7 that have the scale
         overrides: key=value, for every run
     """
+    if table == "all":
+        return make_all(options, overrides)
     read = load_table(table)
     check_scale(read, options.scale)
     require("a table", "matplotlib", "scipy")
@@ -45,6 +50,26 @@ def main(table: str, /, *overrides: str, options: TableOptions = TABLE_DEFAULTS)
     if outcome.signal:
         return 130
     return 1 if outcome.failed else 0
+
+
+def make_all(options: TableOptions, overrides: tuple[str, ...]) -> int:
+    """Make the paper's tables that have the scale, in turn. Standard output is JSON: rows with a
+    result by table. Return the exit code, as `main`."""
+    numbered = [name for name in table_names() if re.fullmatch(r"table\d+", name)]
+    names = [name for name in numbered if options.scale in load_table(name).scales]
+    if not names:
+        check_scale(load_table(numbered[0]), options.scale)
+    require("a table", "matplotlib", "scipy")
+    from experiments.tables.make import make_tables
+
+    if left := [name for name in numbered if name not in names]:
+        say(f"without {', '.join(left)}, which have no scale {options.scale}")
+    summary = make_tables(names, options, overrides)
+    signal = summary.pop("signal")
+    print_result(summary)
+    if signal:
+        return 130
+    return 1 if summary["failed"] else 0
 
 
 if __name__ == "__main__":

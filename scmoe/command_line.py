@@ -34,8 +34,7 @@ VERBS = {
     "evaluate": "score a run's model: test split, perplexity, tasks",
     "export": "write a run's weights as one file, or as a Hugging Face folder",
     "sweep": "search over parameters, at W&B or on this machine",
-    "table": "run a table of the paper, and compare",
-    "reproduce": "run all tables of the paper in turn",
+    "table": "run a table of the paper, or all of them, and compare",
     "runs": "list runs",
     "compare": "compare curves and configs of runs",
     "report": "write one HTML page of runs, tables, benches and advice",
@@ -45,12 +44,11 @@ VERBS = {
     "estimate": "estimate what a training costs, or count one step of it, without starting it",
     "conform": "ask an expert-parallel layer of your own whether it is right",
     "advise": "say whether a shortcut would pay on a cluster, by simulation",
-    "bench": "measure overlap, inference, a training on a slow network, the layer",
-    "gpu-check": "check everything on one GPU, in nine minutes",
+    "bench": "measure overlap, inference, a training on a slow network, the layer, a GPU",
     "figure": "draw a figure of the paper, from a run or from reports",
     "simulate": "compare the simulator with reports of the benches",
 }
-LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure", "simulate")  # of experiments/
+LABORATORY = ("table", "bench", "figure", "simulate")  # of experiments/
 VERBS_WITH_COMMANDS = ("bench", "simulate")  # verbs of the laboratory with commands of their own
 CODE_OF_CTRL_C = 128 + signal.SIGINT  # as in lightning/stop.py, which this must not import
 SECOND_CTRL_C_S = 1.0  # a second Ctrl-C within this time is the same one

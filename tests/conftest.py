@@ -33,7 +33,7 @@ settings.load_profile("scmoe")
 
 
 LONG = (  # a file is one worker's, so these begin first
-    *("test_readme.py", "test_reproduce.py", "test_trials.py", "test_loggers.py"),
+    *("test_readme.py", "test_table.py", "test_trials.py", "test_loggers.py"),
     *("test_ddp_features.py", "test_fake_cuda.py", "test_wandb_logger_faults.py"),
 )
 

@@ -18,7 +18,7 @@ from scmoe.config.installation import scmoe
 
 ROOT = Path(__file__).parents[1]
 SUBVERBS = [
-    *(("bench", what) for what in ("layer", "overlap", "train", "inference", "timeline")),
+    *(("bench", what) for what in ("layer", "overlap", "train", "inference", "timeline", "gpu")),
     ("simulate", "testbed"),
 ]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
@@ -115,7 +115,7 @@ def test_what_no_verb_can_mean_is_refused_in_one_line(words, says, capsys):
     assert (said.out, said.err.count("\n")) == ("", 1) and says.upper() in said.err.upper()
 
 
-@pytest.mark.parametrize("words", [("table", "table3"), ("reproduce",)])
+@pytest.mark.parametrize("words", [("table", "table3"), ("table", "all")])
 def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(
     words, capsys, monkeypatch
 ):
@@ -140,7 +140,7 @@ OF_TABLE = "options=TableOptions(scale='small', jobs=3, seeds=None, to=None)"
             "table t --scale smoke a=1 --jobs 3 --scale small",
             ("t", "a=1", OF_TABLE),
         ),  # the last one counts
-        ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
+        ("bench gpu --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
         ("bench inference --load a --batch 3 --load b", (OF_INFERENCE,)),
     ],
 )

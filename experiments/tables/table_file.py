@@ -129,7 +129,7 @@ class PaperTable:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class TableOptions:
-    """The options that `table` and `reproduce` share.
+    """The options of `table`.
 
     Args:
         scale: one of table.yaml: smoke | small | digits

@@ -52,7 +52,7 @@ SMALLER = f"model.layers=2 model.dim=64 model.heads=2 {QUICK}"
 ELSEWHERE = {  # command: the test that makes its run
     "make test": "tests/docs/test_readme.py",
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/training/run/test_vision.py",
-    "make reproduce SCALE=smoke": "tests/experiments/test_reproduce.py",
+    "make reproduce SCALE=smoke": "tests/experiments/test_table.py",
     **{
         f'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 {words}"': (
             "tests/training/run/test_train.py"

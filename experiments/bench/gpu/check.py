@@ -9,14 +9,16 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.engine.isolated import CheckPart, Pieces, Place
+from experiments.engine.isolated import CheckPart, Pieces, Place, run_parts
 from scmoe.config.installation import CHECKOUT
+from scmoe.config.leaves import ConfigError
 from scmoe.report import bullets, bullets_and_tables, rows_table
 
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
@@ -64,7 +66,36 @@ OPTIONS = (
     "-p",
     "no:cacheprovider",
 )
+OLDEST_TORCH = (2, 10)
 LISTED = 10  # tests with another outcome than expected
+
+
+def check_gpu(device: str, tiny: bool, out: Path | None, parts: Sequence[str] | None) -> int:
+    """Run the parts, write the report and print each part's state as JSON. Return 0 if all are ok,
+    and otherwise 1.
+
+    out: a new or empty folder, None: runs/gpu-check and the time; parts: None: all. Raises
+    ConfigError for a wrong request before anything runs.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise ConfigError(f"torch is {torch.__version__}. Install 2.10 or later")
+    if device == "cpu" and not tiny:
+        raise ConfigError("--device is cpu, where the sizes of a card take hours. Add --tiny")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, and there is no CUDA device here")
+    names = parts or list(CHECK_PARTS)
+    if unknown := [name for name in names if name not in CHECK_PARTS]:
+        raise ConfigError(f"--parts has {unknown[0]}, allowed: {' | '.join(CHECK_PARTS)}")
+    out = out or Path("runs/gpu-check", datetime.now().strftime("%Y%m%d-%H%M%S"))
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ConfigError(f"--out is {str(out)!r}, which is not empty. Give a new or empty folder")
+    place = Place(device, tiny, out)
+    results = run_parts({name: CHECK_PARTS[name] for name in names}, place)
+    write_report(place, results)
+    states = {name: part["state"] for name, part in results.items()}
+    print(json.dumps({"out": str(out), "device": device, "tiny": tiny, "parts": states}))
+    return 0 if set(states.values()) == {"ok"} else 1
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(tmp_
         (packages / name / "__init__.py").write_text(f"raise ImportError('{name} is not needed')\n")
     script = f"import sys; sys.path.insert(0, {str(packages)!r})\n"
     script += "from scmoe.command_line import call\n"
-    script += f"sys.exit(call('gpu-check', '--device', 'cpu', '--tiny', '--out', {str(out)!r}))"
+    script += f"sys.exit(call('bench', 'gpu', '--device', 'cpu', '--tiny', '--out', {str(out)!r}))"
     done = run("-c", script)
     assert done.summary["parts"] == dict.fromkeys(CHECK_PARTS, "ok"), done.err
     assert {path.name for path in out.iterdir()} == FILES
@@ -116,5 +116,5 @@ def test_a_part_ends_with_the_check(number, tmp_path):
     ],
 )
 def test_what_cannot_be_honoured_is_refused(options, message, capsys):
-    assert call("gpu-check", *options.split()) == 2
+    assert call("bench", "gpu", *options.split()) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
