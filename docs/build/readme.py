@@ -18,6 +18,8 @@ from experiments.tables.seed_statistics import compare
 FEW_ROWS_REPORT = "overlap-real-iteration-2-ranks-share-0.52-ratio-0.3"
 TABLE_3 = "table3-small"
 REGISTERED = "quality-small"
+SHORTER = "table7_best-small"  # half of its steps, and a decay to a tenth
+SHORTER_PAIR = "ScMoE Pos-2, Small minus shared-expert, Small"
 TOP2 = "top-2"
 POS2 = "ScMoE Pos-2, CG-1"
 REGISTERED_RIVALS = {
@@ -64,7 +66,8 @@ top-2 with as many parameters {registered[equal_size]} ([registered before its f
 run](docs/results/{registered_page}/table.md); each interval is at the level of its look, 91 % for \
 the first and 99.9 % for the others). The rate decays to 0. With a decay to a \
 tenth and rates of a shorter search, [Table 3's twin](docs/results/{table}/table.md) shows no \
-difference.
+difference. With that decay and half the steps, Pos-2's loss minus a shared expert's is \
+{shorter} ([Table 7 again](docs/results/table7-small/table.md)).
 
 """
 
@@ -85,7 +88,8 @@ row at its best learning rate, equal tokens: Pos-2's loss minus a shared expert'
 parameters {registered[equal_size]} ([registered before its first \
 run]({registered_page}/table.md)). With rates \
 that were searched at half length, [Table 3's twin]({table}/table.md) saw no difference at equal \
-tokens ({equal}; {seeds} seeds).
+tokens ({equal}; {seeds} seeds). With half the steps and a decay to a tenth, Pos-2's loss minus a \
+shared expert's is {shorter} ([Table 7 again](table7-small/table.md)).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
 trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). It also loses with few \
 tokens a rank and, to a shared expert with two batches, at a large share: line 2.
@@ -217,7 +221,17 @@ def quality(results: Path) -> dict[str, Any]:
         "registered_page": REGISTERED,
         "registered": {name: answer_of(each) for name, each in tested.items()},
         "tested": tested,
+        "shorter": difference_of_shorter(results),
     }
+
+
+def difference_of_shorter(results: Path) -> str:
+    """Return Pos-2's loss minus that of a shared expert in the table with half the steps, with
+    Welch's interval of 95 %, as docs/decisions/0049-trend-and-table-7.md registered it."""
+    rows = read(results / SHORTER / "results.json")["decision"]["rows"]
+    tested = rows[SHORTER_PAIR]
+    low, high = tested["interval_of_difference"]
+    return f"{tested['difference']:+.3f} nats [{low:+.3f}, {high:+.3f}] ({tested['n']} seeds a row)"
 
 
 def answer_of(tested: Mapping[str, Any]) -> str:

@@ -75,6 +75,9 @@ def test_a_new_measurement_changes_readmes_answers(tmp_path):
         RESULTS / readme.REGISTERED / "results.json": (
             *("decision", "rows", f"{readme.POS2} minus {readme.TOP2}", "difference"),
         ),
+        RESULTS / readme.SHORTER / "results.json": (
+            *("decision", "rows", readme.SHORTER_PAIR, "difference"),
+        ),
     }
     for changed, (*keys, last) in changes.items():
         for path in changes:
