@@ -24,8 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from scmoe.command_line import call
 from scmoe.sweeps.jobs import StudyJob, clock, last_line
 
-# exit codes of a training that was asked to stop
-STOPPED = (143, 130, -signal.SIGTERM, -signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# exit codes of a training that was asked to stop, with the signal
+STOPPED = {code: number for number in STOP_SIGNALS for code in (128 + number, -number)}
 STOP_GRACE_S = 60.0  # time for a training that is asked to stop, to write its checkpoint
 POLL_S = 0.1
 SAY_EVERY_S = 60.0  # where there is no terminal
@@ -84,7 +85,7 @@ class JobBatch:
             self._close(one)
             running.remove(one)
             if self.slots == 0 and one.job.state.status == "cut":
-                signals.append(signal.SIGINT if one.code == 130 else signal.SIGTERM)
+                signals.append(STOPPED.get(one.code or 0, signal.SIGTERM))
         for one in running:
             if signals:
                 one.stop(kill=len(signals) > 1)
@@ -216,7 +217,8 @@ def _call(words: Sequence[str], log: IO[str]) -> int:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collect the numbers of Ctrl-C and SIGTERM in a list."""
+    """Collect the numbers of Ctrl-C, SIGTERM and SIGHUP (a terminal that is gone) in a list. Under
+    nohup SIGHUP stays ignored."""
     signals: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -225,7 +227,11 @@ def _stop_requests() -> Iterator[list[int]]:
         if signal.getsignal(signal.SIGTERM) is not note:
             signal.raise_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, note)
+        for number in STOP_SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield signals
     finally:

@@ -249,7 +249,8 @@ class AllToAllDispatcher:
 
     counts_group: carries the announced numbers, so that they queue behind no rows; None: the group
     of the rows. buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty
-    ones included. ceiling: rows that a rank may receive, over its fair share; None: any number.
+    ones included. ceiling: rows that a rank may receive in training, over its fair share; None: any
+    number.
     exchange: how rows travel; None: by All-to-All over the group. even: checks numbers of rows that
     are not announced; None: nothing is checked.
 
@@ -310,7 +311,9 @@ class AllToAllDispatcher:
         rank = dist.get_rank(self.group)
         if self.buffered:
             return OnDevice(work, by_rank[:, :, rank])
-        return ReadByHost(work, by_rank, rank, self.ceiling)
+        # Few tokens, as when a text is generated, may all go to one rank.
+        ceiling = self.ceiling if torch.is_grad_enabled() else None
+        return ReadByHost(work, by_rank, rank, ceiling)
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         if self.even is not None and (counts is None or counts.traffic is None):

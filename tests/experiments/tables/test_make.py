@@ -146,7 +146,7 @@ def test_runs_of_another_config_are_made_again(fakes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
+    "number", [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
 )
 def test_a_stopped_table_goes_on_with_its_checkpoints(number, fakes, tmp_path):
     runs = plan(tmp_path)

@@ -4,16 +4,20 @@ allocated."""
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
-from scmoe.parallel.wire.announced import ReadByHost, check_ceiling
-from scmoe.training.assembly.model import build_module
+from scmoe.parallel.wire.announced import CeilingError, ReadByHost, check_ceiling
+from scmoe.parallel.wire.wire import Wire
+from scmoe.training.assembly.model import build_model, build_module
 from tests.support.failing import failure
 from tests.support.trainings import fit, tiny
 
@@ -78,6 +82,30 @@ def test_what_a_ceiling_allows():
     run_ranks(
         all_to_one, 2, "2", "null", "1.5 moe.rows=buffers", "2 moe.rows=buffers moe.overflow=refuse"
     )
+
+
+def three_tokens(rank: int, world_size: int) -> str:
+    """Return the error of a training's forward of three equal tokens, and compute them without
+    gradients, as when a text is generated."""
+    dist.init_process_group("gloo")
+    wire = Wire(build_mesh(2, torch.device("cpu"), timedelta(seconds=60)))
+    model = build_model(
+        tiny("position=pos2 moe.dropless_ceiling=1.5 strategy.ep_size=2", world_size), wire
+    )
+    ids_BS = torch.tensor([[1], [1], [1]])
+    with torch.no_grad():
+        model(ids_BS)
+    try:
+        model(ids_BS)
+    except CeilingError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.representative
+def test_a_ceiling_holds_in_training_alone():
+    """Three equal tokens a rank go to one rank: 6 rows, and the fair share is 3."""
+    assert all("would receive 6 rows" in error for error in run_ranks(three_tokens, 2))
 
 
 def test_chunks_do_not_change_what_a_ceiling_allows():
