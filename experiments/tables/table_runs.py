@@ -25,14 +25,14 @@ from scmoe.config import registry
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, key_of
+from scmoe.config.leaves import ConfigError, flatten, sets
 from scmoe.config.load import load_config
 from scmoe.files import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
 from scmoe.sweeps.checks import is_number
-from scmoe.sweeps.jobs import State, StudyJob, config_digest
+from scmoe.sweeps.jobs import NOT_IN_DIGEST, State, StudyJob, config_digest
 
 # keys in which rows may differ
 KEYS_OF_A_ROW = ("model.", "moe.", "schedule.", "optim.lr", "options", "name")
@@ -82,8 +82,8 @@ def plan_runs(
     """
     set_here = [*(row.overrides for row in table.rows), *scale.settings.values()]
     set_keys = {"name", "seed", *(word.partition("=")[0] for words in set_here for word in words)}
-    for word in overrides:
-        if (key := key_of(word)) in set_keys:
+    for word, key in product(overrides, sorted(set_keys)):
+        if sets(word, key):
             raise ConfigError(
                 f"{word} is given, but the table sets {key} for each run itself. Change it in"
                 " table.yaml"
@@ -135,13 +135,13 @@ def read_states(runs: Sequence[Run]) -> None:
 
 
 def same_config(run_dir: Path, config: Config) -> bool:
-    """Return whether a run is of this config, wherever it is logged. A field that is newer than the
-    run counts unless it is at its default."""
+    """Return whether a run is of this config, wherever it is kept and shown. A field that is newer
+    than the run counts unless it is at its default."""
     was = SeenRun(run_dir).config
     return all(
         was[key] == value
         for key, value in flat(to_yaml(config)).items()
-        if not key.startswith("logger.")
+        if not key.startswith(NOT_IN_DIGEST)
     )
 
 

@@ -152,6 +152,11 @@ def key_of(override: str) -> str:
     return override.removeprefix("--").partition("=")[0]
 
 
+def sets(override: str, key: str) -> bool:
+    """Return whether an override sets this key: by its name, or in a section that holds it."""
+    return f"{key}.".startswith(f"{key_of(override)}.")
+
+
 def show(value: Any) -> str:
     """Return a value as a user would type it, cut if it is long."""
     text = "null" if value is None else repr(value)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, key_of, show
+from scmoe.config.leaves import ConfigError, flatten, sets, show
 from scmoe.config.load import find, load_config, mapping_of, read_unchecked, what_is_bad
 from scmoe.config.rules import FOLDER_NAME
 from scmoe.sweeps import checks
@@ -194,9 +194,8 @@ def arguments_of(command: Sequence[str]) -> tuple[str, list[str]]:
 
 def _check_names(names: Iterable[str], config: str, overrides: Sequence[str], base: Config) -> None:
     """Refuse a parameter that no configuration has, and one that the command sets."""
-    fixed = {key_of(word) for word in overrides}
     for name in names:
-        if name in fixed:
+        if any(sets(word, name) for word in overrides):
             raise ConfigError(f"parameters.{name} is in the command too. Set it in one of the two")
         if name not in flatten(base):
             # Raises with a hint, unless it is an option of an extension or of a callback.

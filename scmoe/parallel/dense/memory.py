@@ -141,22 +141,24 @@ class Split:
         """Return the parameters that stay in float32 when the others are gathered in bfloat16, or
         are kept in it."""
         true = self.job.precision == "bf16-true"
-        return (router_parameters if true else exact_parameters)(self.model) - whole_parameters(
-            self.model
-        )
+        return (router_parameters if true else exact_parameters)(self.model) - self.whole
 
     @cached_property
     def blocks(self) -> list[set[nn.Parameter]]:
         """Return the parameters of each block, which are gathered together, in the order of
         forward."""
-        return [{p for p in block.parameters() if p.requires_grad} for block in units(self.model)]
+        return [{*block.parameters()} - self.whole for block in units(self.model)]
 
     @cached_property
     def outside(self) -> set[nn.Parameter]:
         """Return the parameters outside blocks, which stay gathered from forward to the end of
         backward.
         """
-        return {p for p in self.model.parameters() if p.requires_grad}.difference(*self.blocks)
+        return {*self.model.parameters()}.difference(self.whole, *self.blocks)
+
+    @cached_property
+    def whole(self) -> set[nn.Parameter]:
+        return whole_parameters(self.model)
 
     @cached_property
     def routers(self) -> set[nn.Parameter]:
@@ -170,7 +172,7 @@ class Split:
     def shards(self, p: nn.Parameter) -> int:
         """Return the number of ranks over which a parameter is split, beside the split of experts
         over EP."""
-        if self.job.dense == "replicated" or not p.requires_grad:
+        if self.job.dense == "replicated" or p in self.whole:
             return 1
         if p in self.experts:
             return self.job.dp_size
@@ -188,7 +190,9 @@ class Split:
         return self.held(p) * self.shards(p) * (2 if narrow else self.bytes_of(p))
 
     def summed_bytes(self, p: nn.Parameter) -> int:
-        """Return the bytes of a gradient in the sum over ranks."""
+        """Return the bytes of a gradient in the sum over ranks; none of a frozen parameter."""
+        if not p.requires_grad:
+            return 0
         return (
             self.held(p)
             * self.shards(p)

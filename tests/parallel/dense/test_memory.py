@@ -56,6 +56,14 @@ def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     assert memory["total"] >= sum(memory[key] for key in (*held, "activations"))
 
 
+def test_frozen_weights_are_split_as_trained_ones_are():
+    model = build_model_on_meta(tiny("moe.architecture=scmoe"))
+    job = RankJob(ranks=4, ep_size=2, seq_len=12, dense="sharded")
+    trained = rank_memory(model, job)["weights"]
+    model.blocks.requires_grad_(False)
+    assert rank_memory(model, job)["weights"] == trained
+
+
 WIDE = (
     *("model.dim=128", "model.heads=4", "model.layers=4", "moe.num_experts=8"),
     *("data.name=synthetic", "data.vocab_size=512", "data.seq_len=64"),
