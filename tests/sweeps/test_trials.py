@@ -23,6 +23,7 @@ from rich.console import Console
 from scmoe.command_line import call
 from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
+from scmoe.parallel.checkpoint.durable import process_start
 from scmoe.sweeps import trials
 from scmoe.sweeps.batch import BatchProgress, JobBatch
 from scmoe.sweeps.jobs import hold_lock
@@ -159,7 +160,8 @@ def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(
         os.kill(left, signal.SIGCONT)
     assert refused.code == 2
     assert "another process is running this study" in refused.err
-    until(lambda: not alive(tmp_path))
+    # a process that ends loses its command line before its files, and so its lock
+    until(lambda: process_start(left) is None)
     assert sweep(pause="0.3@0.1").summary["finished"] == 3
 
 

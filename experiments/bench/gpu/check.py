@@ -90,9 +90,9 @@ def check_gpu(device: str, tiny: bool, out: Path | None, parts: Sequence[str] | 
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ConfigError(f"--out is {str(out)!r}, which is not empty. Give a new or empty folder")
-    place = Place(device, tiny, out)
-    results = run_parts({name: CHECK_PARTS[name] for name in names}, place)
-    write_report(place, results)
+    setup = Place(device, tiny, out)
+    results = run_parts({name: CHECK_PARTS[name] for name in names}, setup)
+    write_report(setup, results)
     states = {name: part["state"] for name, part in results.items()}
     print(json.dumps({"out": str(out), "device": device, "tiny": tiny, "parts": states}))
     return 0 if set(states.values()) == {"ok"} else 1
