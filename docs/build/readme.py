@@ -58,7 +58,7 @@ also be cut in its tokens; that is not measured.
 5. **Where gradients outweigh rows: no.** With {rows_over_gradients:.1f} bytes of rows for a byte \
 of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).
-6. **In quality, at this size: the shortcut itself changes less than \
+6. **In quality, in the registered training: the shortcut itself changes less than \
 0.01 nats, and top-2 is better.** Each \
 row at its best learning rate, equal tokens: Pos-2's loss minus a shared expert's, the same model \
 without the shortcut, is {registered[shared]}; minus top-2's {registered[top2]}; minus that of \
@@ -81,7 +81,7 @@ in flight ([numbers]({headline}.md)).
 shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)). With one sequence of \
 {one[tokens]:,} tokens a rank Pos-3 gains {one[train]} in training and \
 {one[forward]} in inference ([numbers]({one_page}.md)).
-3. **Quality, at this size: the shortcut itself changes less than \
+3. **Quality, in the registered training: the shortcut itself changes less than \
 0.01 nats, and top-2 is better.** Each \
 row at its best learning rate, equal tokens: Pos-2's loss minus a shared expert's is \
 {registered[shared]}; minus top-2's {registered[top2]}; minus that of top-2 with as many \
