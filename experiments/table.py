@@ -47,9 +47,7 @@ def main(table: str, /, *overrides: str, options: TableOptions = TABLE_DEFAULTS)
     if read.decision is not None and results_file.exists():
         summary |= read_json(results_file)["decision"]
     print_result(summary)
-    if outcome.signal:
-        return 130
-    return 1 if outcome.failed else 0
+    return exit_code(outcome.signal, outcome.failed)
 
 
 def make_all(options: TableOptions, overrides: tuple[str, ...]) -> int:
@@ -67,9 +65,14 @@ def make_all(options: TableOptions, overrides: tuple[str, ...]) -> int:
     summary = make_tables(names, options, overrides)
     signal = summary.pop("signal")
     print_result(summary)
+    return exit_code(signal, summary["failed"])
+
+
+def exit_code(signal: int, failed: int) -> int:
+    """Return the code of a call that a signal stopped (0: none), or of which so much failed."""
     if signal:
         return 130
-    return 1 if summary["failed"] else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -125,7 +125,12 @@ def test_failed_trials_are_marked_and_the_best_is_named(sweep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
+    "signum",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.faults),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.faults),
+    ],
 )
 def test_a_cut_sweep_is_resumed(signum, sweep, tmp_path):
     process = start(tmp_path, "0.3@0.01")
