@@ -191,7 +191,8 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
     After backward every gradient is that of the mean of the ranks' losses. Keep the returned module
     until backward has ended: as with any DDP module, nothing is summed without it. A
     LightningModule needs `ExpertParallelStrategy` instead, which does this too. Raises ValueError
-    if the experts of the module do not belong to this rank of the group.
+    if the experts of the module do not belong to this rank of the group, or no dense parameter
+    trains.
     """
     has_experts = any(True for _ in expert_parameters(module))
     if group is None and dist.get_world_size() > 1 and has_experts:
@@ -202,7 +203,8 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
     mesh = wire_of(group).mesh
     check_experts(module, mesh)
     ddp = wrap(module, mesh, process_group=group).module
-    assert isinstance(ddp, DistributedDataParallel)
+    if not isinstance(ddp, DistributedDataParallel):
+        raise ValueError("DDP averages dense parameters, but the module has none that trains.")
     return ddp
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so the command line is read and refused at once.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, cast
@@ -149,6 +150,28 @@ class Setting:
         """Return the number of blocks of a row that have an MoE."""
         return self.layers // self.every
 
+    @property
+    def kind_of_layout(self) -> tuple[str, float]:
+        """Return what `layout` says, and its number. ConfigError: there is no such layout."""
+        text = self.layout or ("dropless" if self.loads else "capacity:1")
+        kind, _, number = text.partition(":")
+        if text == "dropless":
+            return kind, 1.0
+        if kind in ("capacity", "buffers"):
+            with suppress(ValueError):
+                if 0 < float(number) <= 1e6:
+                    return kind, float(number)
+        raise ConfigError(
+            f"--layout is {text}, allowed: dropless | capacity:F | buffers:C, 0 < F, C <= 1e6"
+        )
+
+    @property
+    def rows_per_copy(self) -> float:
+        """Return the rows that travel for a routed copy of a token, at an even load. Slots and
+        buffers travel with their empty rows; a buffer has no more rows than there are copies."""
+        kind, number = self.kind_of_layout
+        return min(number, max(2, self.ranks)) if kind == "buffers" else number
+
     def block_of(self, row: str) -> str:
         """Return the block of a row (pairs.ROWS)."""
         return ROWS[self.every][row][0]
@@ -176,7 +199,7 @@ def tokens_for(ratio: float, setting: Setting) -> int:
     weights = 4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim
     gradients = 2 * (1 - 1 / ranks) * weights
     copies = 4 * BLOCK_TOP_K["top2"] * setting.moe_blocks * setting.accumulate
-    rows_of_a_token = copies * setting.dim * share_sent(ranks)
+    rows_of_a_token = copies * setting.rows_per_copy * setting.dim * share_sent(ranks)
     sequences = max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len))
     return sequences * setting.seq_len
 

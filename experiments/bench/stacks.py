@@ -18,7 +18,6 @@ from experiments.engine.step import Step
 from scmoe.blocks.build import Parts
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
 from scmoe.loads import BALANCED, CurrentLoad, Sizes, deal
 from scmoe.models.halves import Halves
@@ -83,18 +82,10 @@ def emulated_parts(setting: Setting) -> Parts:
 
 def rows_of_layout(setting: Setting) -> Rows:
     """Return the rows of the setting's layout. ConfigError: there is no such layout."""
-    usual = "dropless" if setting.loads else "capacity:1"
-    kind, _, number = (setting.layout or usual).partition(":")
-    try:
-        if kind == "dropless" and not number:
-            return Dropless()
-        if kind in ("capacity", "buffers") and 0 < float(number) <= 1e6:
-            return Capacity(float(number)) if kind == "capacity" else Buffers(float(number))
-    except ValueError:
-        pass
-    raise ConfigError(
-        f"--layout is {setting.layout}, allowed: dropless | capacity:F | buffers:C, 0 < F, C <= 1e6"
-    )
+    kind, number = setting.kind_of_layout
+    if kind == "dropless":
+        return Dropless()
+    return Capacity(number) if kind == "capacity" else Buffers(number)
 
 
 def make_step(model: "Stack", setting: Setting, wire: Wire) -> Step:

@@ -1,6 +1,7 @@
 """A table from beginning to end: its trainings and evaluations, its speeds, then its files."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,9 +131,12 @@ def write_files(plan: TablePlan) -> bool:
     There is none over runs that have read different data.
     """
     done = finished(plan.runs)
-    if others := states_of_other_data(done):
+    if others := paths_of_other_data(done):
         paths = " ".join(map(str, others))
-        say(f"failed: the report, as runs have read different data; remove {paths}")
+        say(
+            "failed: the report, as runs have read different data. To train the fewer ones again,"
+            f" remove {paths}"
+        )
         return False
     if done:
         files = write_report(plan.table, plan.scale_name, plan.runs, plan.command)
@@ -143,15 +147,18 @@ def write_files(plan: TablePlan) -> bool:
     return True
 
 
-def states_of_other_data(done: Sequence[Run]) -> list[Path]:
-    """Return the state files of runs that have read other data than the newest one. The
-    kept states of Tables 1 and 7 note none."""
+def paths_of_other_data(done: Sequence[Run]) -> list[Path]:
+    """Return the state files and run directories of runs that have read other data than most. A
+    state without its run directory is made of that directory again. The kept states of Tables 1 and
+    7 note no data."""
     noted = [run for run in done if run.state.results.get("data")]
-    newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
+    counted = Counter(run.state.results["data"] for run in noted)
+    (usual, _), *_ = counted.most_common(1) or [("", 0)]
     return [
-        run.job.state_file
+        path
         for run in noted
-        if newest and run.state.results["data"] != newest.state.results["data"]
+        if run.state.results["data"] != usual
+        for path in (run.job.state_file, *run.job.run_dirs())
     ]
 
 

@@ -1,5 +1,6 @@
 """The plan of a table at a scale: all its runs, before any of them is started."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ class TablePlan:
             word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")
         ]
         if seeds != self.scale.seeds:
-            words.insert(0, f"--seeds {seeds}")
-        arguments = f' ARGS="{" ".join(words)}"' if words else ""
+            words = ["--seeds", str(seeds), *words]
+        arguments = f' ARGS="{shlex.join(words)}"' if words else ""
         return f"make table TABLE={self.table.name} SCALE={self.scale_name}{arguments}"
 
 

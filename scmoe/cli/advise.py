@@ -178,11 +178,11 @@ class AskedAdvice:
 
     def scales(self, job: "Job", models: Sequence[Any]) -> "list[Slowdown]":
         """Return what a measurement says; without one, that the profile's values are right."""
-        from scmoe.predict.advised_rows import Simulator, Slowdown
+        from scmoe.predict.advised_rows import AS_IT_IS, Simulator
         from scmoe.predict.measured_times import known_choice, slowdown_of_file, slowdowns_of_step
 
         if not (self.measured_s or self.named["measured"]):
-            return [Slowdown()]
+            return [AS_IT_IS]
         simulator = Simulator(self.profile.machine(), job)
         node = self.profile.ranks_per_node
         if self.measured_s:
@@ -221,6 +221,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """Return an advice as JSON."""
     from scmoe.predict.advise import tokens_of_batch
+    from scmoe.predict.advised_rows import AS_IT_IS
 
     profile = asked.profile
     return {
@@ -250,7 +251,7 @@ def facts_of(
         "ep": advice.rows[advice.standard].choice.ep_size,
         "ep_sizes": list(job.ep_sizes),
         "rows": {name: row_to_json(row, job, profile) for name, row in advice.rows.items()},
-        "implied": [implied_by(scale, profile) for scale in scales if scale != (1.0, 1.0)],
+        "implied": [implied_by(scale, profile) for scale in scales if scale != AS_IT_IS],
         "guesses": profile.guesses,
     }
 

@@ -3,7 +3,7 @@ from typing import Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, four_digits, key_of
+from scmoe.config.leaves import ConfigError, four_digits
 from scmoe.parallel.container_memory import GIB
 from scmoe.report import console, print_result
 
@@ -20,7 +20,7 @@ def read(path: str, words: Sequence[str]) -> Config:
     """Return the config, checked for the given ranks."""
     from scmoe.config.derived import resolve_ep_size
     from scmoe.config.halved_batches import SENDS_NO_ROWS
-    from scmoe.config.load import load_config
+    from scmoe.config.load import keys_of, load_config
 
     sizes, overrides = numbers_of(words, ("ep", "dp", "ranks", "samples"))
     if not sizes:
@@ -33,11 +33,10 @@ def read(path: str, words: Sequence[str]) -> Config:
         from scmoe.predict.costs import load_for
 
         return load_for(path, sizes["ranks"], sizes.get("samples", 1), overrides)
-    for override in overrides:
-        if (key := key_of(override)) in RANKS:
-            raise ConfigError(
-                f"command line: {key} and ep or dp both set the ranks. Give one of the two"
-            )
+    for key in keys_of(overrides) & {*RANKS}:
+        raise ConfigError(
+            f"command line: {key} and ep or dp both set the ranks. Give one of the two"
+        )
     if len(sizes) < 2:
         # Below, ep and dp replace the file's ranks, of which one alone may have no rows to send.
         no_rows = ("strategy.wire_dtype=null", *SENDS_NO_ROWS)

@@ -147,14 +147,11 @@ def _types(section: type) -> dict[str, Any]:
     return get_type_hints(section)
 
 
-def key_of(override: str) -> str:
-    """Return the key of an override, which is key=value or --key=value."""
-    return override.removeprefix("--").partition("=")[0]
-
-
 def sets(override: str, key: str) -> bool:
-    """Return whether an override sets this key: by its name, or in a section that holds it."""
-    return f"{key}.".startswith(f"{key_of(override)}.")
+    """Return whether an override, key=value or --key=value, sets this key: by its name, or in a
+    section that holds it."""
+    name = override.removeprefix("--").partition("=")[0]
+    return f"{key}.".startswith(f"{name}.")
 
 
 def show(value: Any) -> str:

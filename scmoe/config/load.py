@@ -48,7 +48,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     tree = copy.deepcopy(_defaults())
     if path is not None:
-        _merge_file(tree, find(path), ())
+        _merge_file(tree, find(path))
     return _finished(tree, overrides, "" if path is None else str(path))
 
 
@@ -56,8 +56,18 @@ def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return what `load_config` returns, but combinations of values are not checked: it may not
     run."""
     tree = copy.deepcopy(_defaults())
-    _merge_file(tree, find(path), ())
+    _merge_file(tree, find(path))
     return _merged(tree, overrides)
+
+
+def keys_of_file(path: str | Path) -> frozenset[str]:
+    """Return the dotted keys that a file sets, or one that it extends."""
+    return frozenset(key for mapping, _ in _mappings(find(path)) for key, _ in _pairs(mapping))
+
+
+def keys_of(overrides: Sequence[str]) -> frozenset[str]:
+    """Return the dotted keys that overrides set, each key of a section's mapping."""
+    return frozenset(key for word in overrides for key, _ in _pairs(_mapping_of_override(word)))
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = (), trains: bool = True) -> Config:
@@ -98,22 +108,26 @@ def _finished(
 def _merged(tree: DictConfig, overrides: Sequence[str]) -> Config:
     """Return the tree with the overrides in it."""
     for override in overrides:
-        key, equals, text = override.removeprefix("--").partition("=")
-        if not equals:
-            raise ConfigError(
-                f"command line: {override!r} has no value. Write key=value or --key=value."
-            )
-        value = parse_yaml(text, f"command line: {key}")
-        if "#" in text and (comment := _comment_in(text)):
-            raise ConfigError(
-                f"command line: {key} ends with {show(comment)}, which YAML reads as a comment. If"
-                f" it belongs to the value, write {key}='\"...\"'."
-            )
-        _merge(tree, {key: value}, "command line")
+        _merge(tree, _mapping_of_override(override), "command line")
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     import_extensions(config.extensions)
     return config
+
+
+def _mapping_of_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not equals:
+        raise ConfigError(
+            f"command line: {override!r} has no value. Write key=value or --key=value."
+        )
+    value = parse_yaml(text, f"command line: {key}")
+    if "#" in text and (comment := _comment_in(text)):
+        raise ConfigError(
+            f"command line: {key} ends with {show(comment)}, which YAML reads as a comment. If"
+            f" it belongs to the value, write {key}='\"...\"'."
+        )
+    return {key: value}
 
 
 @cache
@@ -129,8 +143,13 @@ def _defaults() -> DictConfig:
     return tree
 
 
-def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
-    """Merge the files that a file extends, then the file.
+def _merge_file(tree: DictConfig, path: Path) -> None:
+    for mapping, source in _mappings(path):
+        _merge(tree, mapping, source)
+
+
+def _mappings(path: Path, children: tuple[Path, ...] = ()) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what the files that a file extends say, then what it says itself, each with its name.
 
     children: the chain of files that extend it.
     """
@@ -150,8 +169,8 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise ConfigError(f"{path}: extends is {show(extends)}. Give a path or a list of paths.")
     for parent in parents:
-        _merge_file(tree, find(parent, path.parent), (*children, identity))
-    _merge(tree, mapping, str(path))
+        yield from _mappings(find(parent, path.parent), (*children, identity))
+    yield mapping, str(path)
 
 
 def mapping_of(value: Any, source: str) -> dict[str, Any]:

@@ -73,8 +73,12 @@ class Seat:
         parts = self.parts(layer)
         if spread != "even" and parts == 1 and self.group.size > 1:
             raise NotAsked("all ranks share the same tokens")
-        part = self.group.rank // (self.group.size // parts)
-        return draw_problem(draw_weights(self.dtype, load), part, parts, spread, self.order)
+        weights = draw_weights(self.dtype, load)
+        return draw_problem(weights, self.part(layer), parts, spread, self.order)
+
+    def part(self, layer: Adapter) -> int:
+        """Return which part of the tokens this rank has."""
+        return self.group.rank // (self.group.size // self.parts(layer))
 
     def parts(self, layer: Adapter) -> int:
         """Return how many ranks, or groups of ranks, have tokens of their own."""
@@ -256,11 +260,11 @@ def after_steps(seat: Seat) -> Record:
 
 
 def non_finite(seat: Seat) -> Record:
-    """Give the last rank an infinite number. All ranks must see a norm that is not finite, or raise
-    an error."""
+    """Give the last rank, or all that share its tokens, an infinite number. All ranks must see a
+    norm that is not finite, or raise an error."""
     layer = seat.layer()
     problem = seat.problem(layer)
-    if seat.group.rank == seat.group.size - 1:
+    if seat.part(layer) == seat.parts(layer) - 1:
         problem.x_TD[0, 1] = math.inf
     clip = hook(layer, "clip")
     try:

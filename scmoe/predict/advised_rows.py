@@ -41,11 +41,12 @@ KEPT = 2  # choices of a row and EP that are played with all blocks
 
 
 class Slowdown(NamedTuple):
-    """How much longer computing and transfers take than the machine's values say
-    (measured_times.py)."""
+    """How much longer computing, transfers and the host's fixed time take than the machine's values
+    say (measured_times.py)."""
 
     computing: float = 1.0
     transfers: float = 1.0
+    host: float = 1.0
 
 
 AS_IT_IS = Slowdown()
@@ -171,7 +172,10 @@ class Simulator:
     def blocks(self, model: Model, ep_size: int) -> tuple[list[Block], Head]:
         key = model, ep_size
         if key not in self.timed:
-            blocks, head = blocks_on(self.machine, model.costs, self.job.at(ep_size))
+            # the host's time is a part of computing, and gets that factor below
+            fixed = self.machine.fixed * self.scale.host / self.scale.computing
+            machine = replace(self.machine, fixed=fixed)
+            blocks, head = blocks_on(machine, model.costs, self.job.at(ep_size))
             unique = {id(block): scaled_block(block, self.scale) for block in blocks}
             by = self.scale.computing
             sums = [slower(each, self.scale) for each in head.sums]

@@ -1,6 +1,6 @@
 """The config of a job that `scmoe advise` judges, read once.
 
-The batch of a step is that of the config, data.global_batch_size, over all ranks. A preset has
+The batch of a step is that of the config, data.global_batch_size, over all ranks. A preset says
 none: a rank then has TOKENS_OF_A_RANK tokens or IMAGES_OF_A_RANK images.
 """
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scmoe.config.fields import Config
-from scmoe.config.leaves import key_of
-from scmoe.config.load import find, read_unchecked
+from scmoe.config.load import find, keys_of, keys_of_file, read_unchecked
 from scmoe.config.registry import IMAGES
 
 # of a rank in one step, where a preset of configs/model says no batch
@@ -47,9 +46,8 @@ def read_asked(name: str | Path, overrides: Sequence[str] = ()) -> AskedConfig:
     """Read a config, by a file or a name, and overrides. ConfigError: as `load_config`, but for
     combinations of values."""
     path = find(name)
-    typed = frozenset(key_of(word) for word in overrides)
+    values = read_unchecked(path, overrides)
+    typed = keys_of(overrides)
     is_preset = path.resolve().parent.parts[-2:] == ("configs", "model")
-    has_batch = not is_preset or "data.global_batch_size" in typed
-    return AskedConfig(
-        f"{path} and command line", read_unchecked(path, overrides), typed, has_batch
-    )
+    has_batch = not is_preset or "data.global_batch_size" in typed | keys_of_file(path)
+    return AskedConfig(f"{path} and command line", values, typed, has_batch)

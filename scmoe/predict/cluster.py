@@ -182,7 +182,7 @@ def parse_profile(text: str, source: str, name: str) -> Profile:
         for key, allowed in OPTIONAL.items()
         if key in tree
     }
-    values = _values(tree, source, ranks > per_node)
+    values = _values(tree, source, several_nodes=ranks > per_node)
     return Profile(
         name,
         precision,
@@ -195,8 +195,9 @@ def parse_profile(text: str, source: str, name: str) -> Profile:
     )
 
 
-def _values(tree: Mapping[str, Any], source: str, has_network: bool) -> dict[str, Value]:
+def _values(tree: Mapping[str, Any], source: str, several_nodes: bool) -> dict[str, Value]:
     entries = dict(_entries(tree))
+    has_network = several_nodes or any(key.startswith(NETWORK) for key in entries)
     for key in entries:
         if key not in KEYS:
             known = ", ".join([*KEYS, *OPTIONAL])

@@ -256,8 +256,13 @@ def loads_of(
     if ep_size == 1:
         return None
     each = [Sizes(router.num_experts, router.top_k, ep_size) for router in routers]
-    for sizes in dict.fromkeys(each):
-        check_load(routing, sizes, samples)
+    try:
+        for sizes in dict.fromkeys(each):
+            check_load(routing, sizes, samples)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. EP {ep_size} is one that is tried; ep=N tries that one alone"
+        ) from error
     return rank_shares(routing, each[0])
 
 

@@ -15,7 +15,7 @@ from scmoe.config.derived import rows_are_filled
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import check_samples
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import load_config, read_unchecked
+from scmoe.config.load import keys_of, load_config, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.parallel.wire.wire import Wire
 from scmoe.predict.bound import bound
@@ -78,29 +78,26 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
     ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide,
     samples are too few for two batches in flight, or a rule is broken.
     """
-    values = dict(
-        override.removeprefix("--").split("=", 1) for override in overrides if "=" in override
-    )
+    keys = keys_of(overrides)
     for key in ("trainer.num_nodes", "data.global_batch_size"):
-        if key in values:
+        if key in keys:
             raise ConfigError(
                 f"command line: {key} is given, but ranks=N and samples=N set it. Give those alone"
             )
-    devices = values.get("trainer.devices", str(min(NODE, ranks)))
-    node = int(devices) if devices.isdecimal() else 0
-    if node and ranks % node:
+    asked = read_unchecked(source, overrides)
+    node = asked.trainer.devices if "trainer.devices" in keys else min(NODE, ranks)
+    if node > 0 and ranks % node:
         raise ConfigError(
             f"command line: ranks is {ranks}, which is no multiple of the {node} ranks of a node."
             " trainer.devices=N sets another number"
         )
-    asked = read_unchecked(source, overrides)
     check_samples(asked, samples)
     # without a number above 0, `load_config` refuses trainer.devices
-    nodes = ranks // node if node else 1
+    nodes = ranks // node if node > 0 else 1
     # without a number above 0, `load_config` refuses trainer.accumulate
     step = ranks * samples * max(1, asked.trainer.accumulate)
     sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={step}"]
-    return load_config(source, [f"trainer.devices={devices}", *overrides, *sizes])
+    return load_config(source, [f"trainer.devices={node}", *overrides, *sizes])
 
 
 def with_slots(config: Config) -> Config:

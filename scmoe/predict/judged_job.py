@@ -53,7 +53,8 @@ class Request:
 
 class Job(NamedTuple):
     """What all rows share. training: what the job asks of a rank. sizes: with an EP of 1. ep_sizes:
-    that are tried. prefill: a forward pass is judged, not a step."""
+    that are tried. prefill: a forward pass is judged, not a step. trained_ep_size: the config's
+    strategy.ep_size."""
 
     config: Config
     training: RankJob
@@ -62,6 +63,7 @@ class Job(NamedTuple):
     tokens: int  # of all ranks in a step
     knows_memory: bool
     prefill: bool = False
+    trained_ep_size: int | None = None
 
     @property
     def samples(self) -> int:
@@ -127,6 +129,7 @@ def job_in_batches(request: Request, profile: Profile) -> Job:
         # what a stage, split products or a prompt allocate is not estimated
         knows_memory=stages == 1 and request.tensor_parallel == 1 and not request.prefill,
         prefill=request.prefill,
+        trained_ep_size=request.config.values.strategy.ep_size,
     )
 
 
@@ -147,6 +150,8 @@ def judged_config(
     )
     # the ranks that share a weight count as having these samples each; JobSizes divides them
     data = replace(asked.data, global_batch_size=ranks * samples * accumulate)
+    if request.prefill:  # what is mixed in pairs is training's alone
+        data = replace(data, mixup=0.0, cutmix=0.0)
     config = replace(
         asked,
         trainer=trainer,
@@ -201,6 +206,11 @@ def ranks_of_stage(request: Request, profile: Profile) -> tuple[int, int]:
     layers = config.model.layers
     stages = 1
     if request.stage_layers is not None:
+        if config.model.family == "swin":
+            raise ConfigError(
+                "command line: stage_layers is given, but blocks of model.family=swin differ, and"
+                " all blocks of a pipeline are taken as equal. Leave it out."
+            )
         stages = math.ceil(layers / request.stage_layers)
         if request.stage_layers > layers or ranks % stages:
             raise ConfigError(
@@ -215,6 +225,12 @@ def ranks_of_stage(request: Request, profile: Profile) -> tuple[int, int]:
         )
     of_stage = ranks // stages
     node = min(of_stage, profile.ranks_per_node)
+    if stages > 1 and profile.ranks_per_node % node:
+        raise ConfigError(
+            f"command line: stage_layers is {request.stage_layers}, so a stage has {of_stage} ranks"
+            f" and lies across nodes of {profile.ranks_per_node}, allowed: stages whose ranks"
+            " divide a node's, or are a multiple of them"
+        )
     if of_stage % node:
         raise ConfigError(
             f"command line: ranks is {ranks}, allowed: multiples of {node * stages}, the ranks of a"

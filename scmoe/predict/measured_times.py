@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.derived import rows_are_filled
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import read_text
 from scmoe.planning.plan_file import plan_from_json
@@ -34,12 +35,23 @@ REPORT = "calibration"  # the key of a bench's report that has what is read
 def known_choice(models: Sequence[Model], job: Job, ranks_per_node: int) -> tuple[Model, Choice]:
     """Return the model of the job's own config, and how it ran when it was measured: in one chunk,
     with one batch in flight; sequential, if it is the standard one. EP: the one that is given, else
-    the largest in a node, as a training has it."""
+    as the config trains: strategy.ep_size, or the largest in a node. ConfigError: the job's ranks
+    cannot have the config's."""
     architecture = job.config.moe.architecture
     name = f"scmoe_{job.config.moe.position}" if architecture == "scmoe" else architecture
     model = next((each for each in models[1:] if each.name == name), models[0])
-    node = min(ranks_per_node, job.sizes.ranks)
-    ep_size = max(size for size in job.ep_sizes if node % size == 0 or size == job.ep_sizes[0])
+    if len(job.ep_sizes) == 1:
+        ep_size = job.ep_sizes[0]
+    elif job.trained_ep_size is None:
+        node = min(ranks_per_node, job.sizes.ranks)
+        ep_size = max(size for size in job.ep_sizes if node % size == 0)
+    elif job.trained_ep_size in job.ep_sizes:
+        ep_size = job.trained_ep_size
+    else:
+        raise ConfigError(
+            f"strategy.ep_size of the config is {job.trained_ep_size}, allowed on these ranks:"
+            f" {' | '.join(map(str, job.ep_sizes))}. Give ep=N of the run that was measured."
+        )
     return model, Choice(ep_size, model.schedule, sequential=model is models[0])
 
 
@@ -53,11 +65,11 @@ def slowdowns_of_step(
         scaled = Simulator(simulator.machine, simulator.job, scale)
         return scaled.step(model, choice).total
 
-    computing = solve(lambda factor: total(Slowdown(computing=factor)), seconds)
+    computing = solve(lambda factor: total(Slowdown(computing=factor, host=factor)), seconds)
     transfers = solve(lambda factor: total(Slowdown(transfers=factor)), seconds)
     scales = []
     if computing is not None:
-        scales.append(Slowdown(computing=computing))
+        scales.append(Slowdown(computing=computing, host=computing))
     if transfers is not None:
         scales.append(Slowdown(transfers=transfers))
     if not scales:
@@ -122,11 +134,16 @@ def slowdown_of_trace(
     """Return the measured seconds of a step's kernels over the predicted ones. The host's time is
     in no kernel."""
     job = simulator.job
-    if job.sizes.tensor_parallel > 1:
-        raise ConfigError(
-            "command line: measured is a trace, but tensor_parallel is given, whose gathers and"
-            " sums a trace does not separate from others. Give measured_step_ms=MS."
-        )
+    of_others = {
+        "tensor_parallel": (job.sizes.tensor_parallel, "gathers and sums"),
+        "stage_layers": (job.sizes.stages, "batches between stages"),
+    }
+    for word, (number, sent) in of_others.items():
+        if number > 1:
+            raise ConfigError(
+                f"command line: measured is a trace, but {word} is given, whose {sent} a trace does"
+                " not separate from other transfers. Give measured_step_ms=MS."
+            )
     computing, transfers = seconds_of_trace(events, path)
     blocks, _ = simulator.blocks(model, choice.ep_size)
     step = simulator.step(model, choice)
@@ -206,7 +223,9 @@ def slowdown_of_report(
             f"measured is {path}, whose links have a rate that was searched for a share. Measure"
             " with --link-mbit, the rate of your network."
         )
-    usual = {**bench, "row": "top2", "blocks": "gpt", "layout": bench["layout"] or "capacity:1"}
+    usual_layout = "dropless" if bench["loads"] else "capacity:1"
+    layout = bench["layout"] or usual_layout
+    usual = {**bench, "row": "top2", "blocks": "gpt", "layout": layout}
     of_job = sizes_as_benched(job, standard)
     differing = [name for name, value in of_job.items() if usual[name] != value]
     if differing:
@@ -232,13 +251,13 @@ def sizes_as_benched(job: Job, standard: Model) -> dict[str, Any]:
     gpt as they are by default."""
     model, moe = job.config.model, job.config.moe
     plain = (model.family, model.activation or "gelu", model.attention) == ("gpt", "gelu", "full")
-    factor = moe.capacity_factor
+    padded = moe.capacity_factor is not None and not rows_are_filled(job.config)
     return {
         "row": standard.name,
         "blocks": "gpt" if plain and model.kv_heads is None else "others than gpt's own",
         "compute": "real",
         "dtype": "float32" if job.config.trainer.precision == "32-true" else "bfloat16",
-        "layout": "dropless" if factor is None else f"capacity:{factor:g}",
+        "layout": f"capacity:{moe.capacity_factor:g}" if padded else "dropless",
         "every": moe.every,
         "dim": model.dim,
         "heads": model.heads,
@@ -272,7 +291,8 @@ def slowdown(both: Iterable[tuple[OperatorTimes, OperatorTimes]]) -> Slowdown:
                 measured[operator in TRANSFERS] += of_known[operator]
                 predicted[operator in TRANSFERS] += of_expected[operator]
     transfers = measured[True] / predicted[True] if predicted[True] else 1.0
-    return Slowdown(measured[False] / predicted[False], transfers)
+    computing = measured[False] / predicted[False]
+    return Slowdown(computing, transfers, host=computing)
 
 
 def seconds_of_trace(events: Sequence[Mapping[str, Any]], path: Path) -> tuple[float, float]:

@@ -173,6 +173,11 @@ class Pass(NamedTuple):
     def exposed_sums(self) -> float:
         return max(0.0, self.end - self.elapsed)
 
+    @property
+    def beside(self) -> float:
+        """Return how long transfers run beside computation."""
+        return self.hidden + self.sums - self.exposed_sums
+
 
 def simulate_step(
     blocks: Sequence[Block],
@@ -197,14 +202,14 @@ def simulate_step(
         passes = [forward, *(batches - 1) * [both], last]
     else:
         passes = [*batches * [forward], *(batches - 1) * [backward], last]
-    hidden_sums = sum(each.sums - each.exposed_sums for each in passes)
     of_other_stages = forward.elapsed + backward.elapsed - head.forward - head.backward
+    of_other_stages += setting.tax * (forward.beside + backward.beside)
     waited_for = (setting.stages - 1) / setting.virtual_stages * of_other_stages
     return StepTime(
         computing=sum(each.computing for each in passes),
         exposed_rows=sum(each.exposed for each in passes),
         exposed_gradients=sum(each.exposed_sums for each in passes),
-        slowed=setting.tax * (sum(each.hidden for each in passes) + hidden_sums),
+        slowed=setting.tax * sum(each.beside for each in passes),
         update=setting.update_s,
         other=setting.other_s + waited_for,
     )
@@ -220,13 +225,13 @@ def simulate_forward(
     Arguments: as `simulate_step`."""
     head = head or Head()
     played = play_pass(blocks, "forward", setting, head, loads)
-    hidden = played.hidden + played.sums - played.exposed_sums
+    slowed = setting.tax * played.beside
     return StepTime(
         computing=played.computing,
         exposed_rows=played.exposed,
         exposed_gradients=played.exposed_sums,
-        slowed=setting.tax * hidden,
-        other=(setting.stages - 1) * (played.elapsed - head.forward),
+        slowed=slowed,
+        other=(setting.stages - 1) * (played.elapsed - head.forward + slowed),
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import SENDS_NO_ROWS, travel_overrides
-from scmoe.config.leaves import ConfigError, key_of
-from scmoe.config.load import load_kept
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import keys_of, load_kept
 from scmoe.config.registry import named
 from scmoe.files import relative
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
@@ -34,7 +34,6 @@ ONE_RANK = (
     *("strategy.ep_size=null", "strategy.dense=replicated", "strategy.wire_dtype=null"),
     *SENDS_NO_ROWS,
 )
-KEYS_OF_TRAVEL = {key_of(word) for word in SENDS_NO_ROWS}
 # Turned off: what only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
     *(
@@ -84,8 +83,8 @@ def config_without_training(
     # Filled: the counts of rows are announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"
     config = read([*ONE_RANK, *overrides, *WITHOUT, rows])
-    keys = {key_of(word) for word in overrides}
-    if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not keys & KEYS_OF_TRAVEL:
+    is_asked = keys_of(overrides) & keys_of(SENDS_NO_ROWS)
+    if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not is_asked:
         config = read([*ONE_RANK, *travel_overrides(of_training), *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
         raise ConfigError(

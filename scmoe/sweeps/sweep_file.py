@@ -25,6 +25,7 @@ from scmoe.sweeps.checks import Rule, check, refusal
 ANY: Rule = (lambda value: True, "a value")
 TRAIN_COMMANDS = (["scmoe", "train"], ["${env}", "${interpreter}", "-m", "scmoe", "train"])
 ARGUMENTS = "${args_no_hyphens}"  # where W&B writes a trial's parameters
+SET_BY_SWEEP = ("name", "logger.group")  # trials.py
 COMMAND = (
     f"[scmoe, train, CONFIG, key=value ..., {ARGUMENTS}], where"
     f" `{' '.join(TRAIN_COMMANDS[1][:-1])}` may stand for scmoe"
@@ -146,6 +147,11 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
                 " digit first"
             )
         overrides = [*overrides, *extra]
+        for word, key in product([*overrides, *axes], SET_BY_SWEEP):
+            if sets(word, key):
+                raise ConfigError(
+                    f"{word} is given, but the sweep sets {key} of each trial. Leave it out"
+                )
         base = load_config(config, overrides)
         _check_names(axes, config, overrides, base)
     except ConfigError as error:

@@ -55,7 +55,8 @@ def test_a_pair_is_asked_with_experts_that_are_the_identity(pools):
 
 
 def test_ranks_that_share_tokens(pools):
-    answers = ask(pools, f"{LAYERS}:shared", [*PASS, "unequal tokens"], places=("2", "2x2"))
+    questions = [*PASS, "unequal tokens", "a non-finite value on a rank"]
+    answers = ask(pools, f"{LAYERS}:shared", questions, places=("2", "2x2"))
     unequal = answers.pop("unequal tokens")
     assert {a for of in answers.values() for a in of.values()} == {"passed"}
     assert unequal == {"2": "not asked", "2x2": "passed"}

@@ -380,6 +380,7 @@ def test_jobs_as_people_have_them(words, key, capfd):
         ("cluster=8xA30-PCIe", "samples=1", "trainer.accumulate=2"),
         ("cluster=8xA30-PCIe", "strategy.dense=hybrid"),
         ("cluster=8xA30-PCIe", "load=hot_rank:9", "moe.capacity_factor=null"),
+        ("cluster=8xA30-PCIe", "load=hot_rank:3", "moe.capacity_factor=null"),  # EP 2 is tried too
         ("cluster=8xA30-PCIe", "load=hot_rank:1.7"),  # every slot of a capacity travels
         ("cluster=8xA30-PCIe", "strategy.ep_size=8"),  # ep=8 is meant
         ("cluster=8xA30-PCIe", "trainer.accumulate=0"),
@@ -435,7 +436,8 @@ def test_six_ranks_are_not_in_a_node_of_eight(counted):
     """Ranks 6 to 11 are on two nodes."""
     _, job, models = counted
     compared = [models["top2"], models["shared_expert"], models["scmoe_pos2"]]
-    on_three = job._replace(ep_sizes=(1, 2, 3, 4, 6, 12), sizes=job.sizes._replace(ranks=24))
+    sizes = job.sizes._replace(ranks=24)
+    on_three = job._replace(ep_sizes=(1, 2, 3, 4, 6, 12), sizes=sizes, trained_ep_size=None)
     assert known_choice(compared, on_three, 8)[1].ep_size == 4
     profile = read_profile("4x8xH200-InfiniBand")
     said = [advise(compared, profile, on_three._replace(ep_sizes=(n,))).to_do for n in (4, 6)]

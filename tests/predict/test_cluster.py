@@ -109,6 +109,13 @@ def test_a_mistake_in_a_profile_is_named_in_one_line(change, key):
     assert "\n" not in str(error.value)
 
 
+def test_a_network_of_one_node_is_stated_as_a_whole_or_not_at_all():
+    text = (SHIPPED / "cluster/8xA30-PCIe.yaml").read_text(encoding="utf-8")
+    rate = "  network: {gb_s: {value: 25, source: datasheet}}\n"
+    with pytest.raises(ConfigError, match=r"links\.network\.attained is missing"):
+        parse_profile(text.replace("links:\n", f"links:\n{rate}"), "mine", "mine")
+
+
 def test_a_profile_need_not_state_the_device_s_memory():
     text = (SHIPPED / "cluster/8xA30-PCIe.yaml").read_text(encoding="utf-8")
     without = text.replace("memory_gb: {value: 24, source: datasheet}\n", "")

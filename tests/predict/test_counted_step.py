@@ -93,7 +93,13 @@ def test_a_config_for_cpus_is_counted_with_all_slots_and_the_command_says_so(cap
 
 
 def test_the_ranks_of_an_estimate_are_given_in_one_way():
-    for words in (["ranks=8", "ep=2"], ["samples=2"], ["samples=2", "dp=4"]):
+    for words in (
+        ["ranks=8", "ep=2"],
+        ["samples=2"],
+        ["samples=2", "dp=4"],
+        ["ep=1", "trainer={devices: 1}"],
+        ["ranks=8", "data={global_batch_size: 8}"],
+    ):
         assert call("estimate", "configs/debug.yaml", *words) == 2
 
 
@@ -127,5 +133,7 @@ def test_a_sample_too_few_for_two_batches_in_flight_is_refused_with_what_the_com
 
 
 def test_samples_are_those_of_a_rank_in_a_batch():
-    config = load_for(TINY, RANKS, 3, ["data.name=synthetic", "trainer.accumulate=2"])
+    words = ["data.name=synthetic", "trainer={accumulate: 2, devices: 1}"]
+    config = load_for(TINY, RANKS, 3, words)
     assert config.data.global_batch_size == 2 * 3 * RANKS
+    assert (config.trainer.devices, config.trainer.num_nodes) == (1, RANKS)

@@ -13,7 +13,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.predict.advise import advise
 from scmoe.predict.advised_rows import Simulator, Slowdown
 from scmoe.predict.asked_config import read_asked
-from scmoe.predict.cluster import read_profile
+from scmoe.predict.cluster import overridden, read_profile
 from scmoe.predict.judged_job import Request
 from scmoe.predict.measured_times import (
     known_choice,
@@ -90,12 +90,57 @@ def test_a_trace_says_how_long_a_step_computes_and_exchanges(counted, tmp_path):
         slowdown_of_file(file, simulator, [*models.values()], 8)
 
 
+def test_a_trace_says_nothing_of_the_host_s_time(counted, tmp_path):
+    """Kernels that take as long as predicted leave a step with much time of the host as it is."""
+    profile, job, models = counted
+    machine = overridden(profile, ["cluster.fixed_ms=50"]).machine()
+    simulator = Simulator(machine, job)
+    model, choice = known_choice([*models.values()], job, 8)
+    quick = Simulator(profile.machine(), job).step(model, choice)
+    kernels_s = quick.computing + quick.update
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps(trace(3e6 * kernels_s, 500)), encoding="utf-8")
+    scale = slowdown_of_file(file, simulator, [*models.values()], 8)
+    assert scale.computing == pytest.approx(3.0)
+    slow = Simulator(machine, job, scale).step(model, choice)
+    host = 2 * 0.05  # two blocks with an MoE
+    assert slow.computing == pytest.approx(3 * quick.computing + host)
+
+
+def test_a_trace_of_a_pipeline_is_refused(counted, tmp_path):
+    """Its batches between stages are sent as rows are."""
+    profile, job, models = counted
+    staged = job._replace(sizes=job.sizes._replace(stages=2))
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps(trace(4000, 500)), encoding="utf-8")
+    with pytest.raises(ConfigError, match="stage_layers is given"):
+        slowdown_of_file(file, Simulator(profile.machine(), staged), [*models.values()], 8)
+
+
+@pytest.mark.parametrize(("own", "ep_size"), [("null", 8), ("2", 2)])
+def test_what_was_measured_had_the_ep_of_the_config(own, ep_size, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: quickstart\nstrategy: {{ep_size: {own}}}\n", encoding="utf-8")
+    request = Request(read_asked(file, QUICK_WORDS))
+    job, models = counted_on(read_profile("8xH100"), request, "top2", "scmoe_pos2")
+    assert known_choice([*models.values()], job, 8)[1].ep_size == ep_size
+
+
+def test_an_ep_of_the_config_that_the_ranks_cannot_have_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: quickstart\nstrategy: {ep_size: 3}\n", encoding="utf-8")
+    request = Request(read_asked(file, QUICK_WORDS))
+    job, models = counted_on(read_profile("8xH100"), request, "top2")
+    with pytest.raises(ConfigError, match=r"strategy\.ep_size of the config is 3, allowed"):
+        known_choice([*models.values()], job, 8)
+
+
 def test_a_plan_says_how_long_its_operators_take(counted, tmp_path):
     """A plan whose operators take twice, and whose transfers three times, the predicted time."""
     profile, job, models = counted
     simulator = Simulator(profile.machine(), job)
-    model, _ = known_choice([*models.values()], job, 8)
-    blocks, _ = simulator.blocks(model, 8)
+    model, choice = known_choice([*models.values()], job, 8)
+    blocks, _ = simulator.blocks(model, choice.ep_size)
     layers = [
         {
             "schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1},
@@ -119,7 +164,7 @@ def test_a_plan_says_how_long_its_operators_take(counted, tmp_path):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"layers": layers}), encoding="utf-8")
     scale = slowdown_of_file(file, simulator, [*models.values()], 8)
-    assert scale == pytest.approx(Slowdown(2.0, 3.0))
+    assert scale == pytest.approx(Slowdown(2.0, 3.0, 2.0))
     file.write_text(json.dumps({"layers": layers[:1]}), encoding="utf-8")
     with pytest.raises(ConfigError, match="1 blocks are not those"):
         slowdown_of_file(file, simulator, [*models.values()], 8)
@@ -149,7 +194,10 @@ def test_a_bench_s_report_says_how_long_the_operators_of_top2_take(counted, tmp_
         file.write_text(json.dumps(report), encoding="utf-8")
         return slowdown_of_file(file, simulator, [*models.values()], 8)
 
-    assert slowdown() == pytest.approx(Slowdown(2.0, 3.0))
+    assert slowdown() == pytest.approx(Slowdown(2.0, 3.0, 2.0))
+    filled = job._replace(config=replace(job.config, moe=replace(job.config.moe, rows="filled")))
+    for each, name in ((job, "capacity:2"), (filled, "dropless")):
+        assert sizes_as_benched(each, models["top2"])["layout"] == name
     for changed, message in (
         ({"tokens": 512}, "bench of tokens=512, but the job has tokens=1024"),
         ({"layout": "dropless"}, "layout=dropless"),

@@ -175,6 +175,16 @@ def test_the_tax_is_a_share_of_what_is_hidden():
     assert simulate_step([Block(SCHEDULES[0], TIMES)], StepSetting(tax=0.1)).slowed == 0.0
 
 
+def test_a_pipeline_waits_for_batches_that_transfers_slow_too():
+    """With equal stages a step takes as many passes more as there are other stages."""
+    blocks = [Block(Schedule("scmoe", "pos3", 2), TIMES)] * 2
+    for simulate in (simulate_step, simulate_forward):
+        alone, in_stages = (
+            simulate(blocks, StepSetting(stages=stages, tax=0.1)) for stages in (1, 3)
+        )
+        assert in_stages.total == pytest.approx(3 * alone.total)
+
+
 @pytest.mark.parametrize(
     ("schedule", "batches"), [*product(SCHEDULES, (InFlight.ONE, InFlight.HALVES))], ids=str
 )

@@ -364,6 +364,7 @@ def shared(group, weights, dtype):
         experts=layer.named,
         dense=layer.dense,
         shares_tokens=True,
+        clip=layer.clip,
         plain=Plain(),
     )
 

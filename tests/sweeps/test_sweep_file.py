@@ -19,6 +19,7 @@ from tests.support.sweeps import GOOD
 ROOT = Path(__file__).parents[2]
 NO_CONFIG = ["${env}", "${interpreter}", "-m", "scmoe", "train", "${args_no_hyphens}"]
 ENVIRONMENT = [*GOOD["command"][:6], "name=${envvar:HOME}", "${args_no_hyphens}"]
+GROUP = [*GOOD["command"][:-1], "logger.group=mine", GOOD["command"][-1]]
 SECTION = [*GOOD["command"][:-1], "optim={warmup_steps: 5, lr: 1e-3}", GOOD["command"][-1]]
 
 # path of the changed setting, its new value (None: removed), and text that the refusal must contain
@@ -35,6 +36,8 @@ BAD = [
     ("command", GOOD["command"][:-1], "command is ["),
     ("command", ENVIRONMENT, "command is ["),
     ("command", SECTION, "parameters.optim.lr is in the command too"),
+    ("command", GROUP, "logger.group=mine is given, but the sweep sets logger.group of each trial"),
+    ("parameters/name", {"value": "a"}, "name is given, but the sweep sets name of each trial"),
     ("command", None, "command is missing. Give [scmoe, train, CONFIG"),
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
     (

@@ -31,7 +31,7 @@ def row_bytes(setting: Setting, block: str) -> float:
     """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of
     each MoE. One rank alone, on a GPU, counts as two, as in setting.tokens_for."""
     copies = setting.moe_blocks * setting.top_k_of(block) * setting.tokens
-    rows = 2 * copies * share_sent(max(2, setting.ranks))
+    rows = 2 * copies * setting.rows_per_copy * share_sent(max(2, setting.ranks))
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 

@@ -2,14 +2,15 @@
 experts' reducer.
 
     replicated dense weights   DDP averages their gradients, ExpertGradientReducer those of the
-                               experts (expert_gradients.py)
+                               experts (expert_gradients.py). DDP refuses a model of which no dense
+                               weight trains, so that one has the reducer alone
     split dense weights        FSDP2 gathers all weights and sums all gradients (dense/sharded.py)
 
 After backward every gradient is that of the mean of the ranks' losses.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Wrapped:
         """
         if self.reducer is not None:
             self.reducer.begin(loss)
-        averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
+        averaged = self.reducer is not None or self.world_size == 1
         return loss if averaged else loss / self.world_size
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
@@ -59,16 +60,21 @@ class Wrapped:
         Where weights are split, each batch's gradients are summed over ranks anyway: whole ones
         would need memory on every rank.
         """
-        if self.reducer is None or not isinstance(self.module, DistributedDataParallel):
+        if self.reducer is None:
             yield
             return
         self.reducer.enabled = False
         self.reducer.unsent = True
         try:
-            with self.module.no_sync():
+            with self.ddp_unsynced():
                 yield
         finally:
             self.reducer.enabled = True
+
+    def ddp_unsynced(self) -> AbstractContextManager[None]:
+        if isinstance(self.module, DistributedDataParallel):
+            return self.module.no_sync()
+        return nullcontext()
 
     def check_late_experts(self, module: nn.Module) -> None:
         """Raise ValueError for experts that were added after their gradients got a reducer."""
@@ -100,6 +106,10 @@ def wrap(model: nn.Module, mesh: Mesh, **ddp: Any) -> Wrapped:
     on_cpu = next(model.parameters()).device.type == "cpu"
     bucket_mb = ddp.get("bucket_cap_mb") or (BUCKET_MB_ON_CPU if on_cpu else BUCKET_MB)
     arguments = {"gradient_as_bucket_view": True} | ddp | {"bucket_cap_mb": bucket_mb}
-    wrapped = Wrapped(DistributedDataParallel(model, **arguments), mesh.world_size)
+    dense = [p for name, p in model.named_parameters() if name not in shards]
+    if any(p.requires_grad for p in dense):
+        wrapped = Wrapped(DistributedDataParallel(model, **arguments), mesh.world_size)
+    else:
+        wrapped = Wrapped(model, mesh.world_size)
     wrapped.reducer = ExpertGradientReducer([*shards.values()], mesh, bucket_mb)
     return wrapped

@@ -31,9 +31,11 @@ def test_what_a_table_cannot_honour_is_refused(tmp_path):
 
 
 def test_the_command_of_a_plan_makes_it_again(tmp_path):
-    words = [f"runs_dir={tmp_path}", "optim.lr=0.1"]
+    """A word that a shell would take apart is quoted."""
+    words = [f"runs_dir={tmp_path}", "optim.lr=0.1", "optim={weight_decay: 0.2}"]
     plan = plan_table(load_table("table4", CONFIGS), TableOptions(seeds=3, to=tmp_path), words)
-    assert plan.command == 'make table TABLE=table4 SCALE=smoke ARGS="--seeds 3 optim.lr=0.1"'
+    arguments = "--seeds 3 optim.lr=0.1 'optim={weight_decay: 0.2}'"
+    assert plan.command == f'make table TABLE=table4 SCALE=smoke ARGS="{arguments}"'
 
 
 def test_a_table_without_its_data_set_runs_at_another_scale(tmp_path, monkeypatch):

@@ -5,14 +5,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scmoe.parallel.mesh import Mesh
+from experiments.engine.ranks import run_ranks
+from scmoe.api import MoE
+from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
 from scmoe.parallel.update.wrap import wrap
+from scmoe.parallel.wire.wire import Wire
 
 pytestmark = pytest.mark.ranks
 
@@ -30,3 +35,31 @@ def test_on_a_gpu_ddp_is_built_on_the_stream_of_the_forward_pass(monkeypatch):
         model.weight = nn.Parameter(torch.empty(8, device="cuda"))
     wrap(model, Mesh())
     assert found == ["ddp"]
+
+
+def with_experts_alone(rank: int, world_size: int) -> list[list[torch.Tensor]]:
+    """Return the gradients of this rank's experts, of three batches of which two are not summed:
+    where all parameters train, and where only experts do."""
+    dist.init_process_group("gloo")
+    mesh = build_mesh(1, torch.device("cpu"), timedelta(seconds=60))
+    found = []
+    for trains_dense in (True, False):
+        torch.manual_seed(1)
+        moe = MoE(16, 4, ffn_dim=32, group=Wire(mesh))
+        moe.requires_grad_(trains_dense)
+        moe.experts.requires_grad_()
+        wrapped = wrap(moe, mesh)
+        batches = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(rank))
+        for number, x_TD in enumerate(batches, 1):
+            with nullcontext() if number == len(batches) else wrapped.no_sync():
+                wrapped.backward(wrapped.module(x_TD)[0].square().mean())
+        found.append([p.grad for _, p in expert_parameters(moe)])
+    return found
+
+
+def test_experts_train_alone_too():
+    """DDP refuses a model whose other parameters do not train."""
+    ranks = run_ranks(with_experts_alone, 2)
+    for usual, alone in ranks:
+        assert all(map(torch.equal, usual, alone))
+    assert all(map(torch.equal, ranks[0][1], ranks[1][1]))

@@ -11,6 +11,7 @@ from experiments.bench.overlap.limits import (
     in_parallel,
     least_time,
     least_times,
+    row_bytes,
     rows_over_gradients,
 )
 from experiments.bench.rank_bench import VariantTimes
@@ -34,6 +35,17 @@ def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
     weights = 4 * 4 * 256**2 + (2 * 2 * 256 * 1024 if every == 2 else 0)
     found = SimpleNamespace(setting=setting, gradients={"top2": [(0.5, 4 * weights)]})
     assert rows_over_gradients(found, "top2") == pytest.approx(ratio, rel=0.02)  # whole sequences
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows"), [("dropless", 1), ("capacity:2", 2), ("buffers:1.5", 1.5), ("buffers:9", 2)]
+)
+def test_empty_slots_and_rows_of_buffers_travel_too(layout, rows):
+    """A buffer has at most all copies of the two ranks."""
+    usual = Setting(level="iteration", tokens=256)
+    setting = replace(usual, layout=layout)
+    assert row_bytes(setting, "top2") == rows * row_bytes(usual, "top2")
+    assert tokens_for(3.0, setting) < tokens_for(3.0, usual) or rows == 1
 
 
 def test_gradients_are_summed_beside_the_last_batch_only():
