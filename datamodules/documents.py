@@ -124,6 +124,10 @@ def hugging_face(name: str, subset: str | None, field: str = "text") -> Document
         raise ValueError(
             f"data.path is {name!r}, whose rows cannot be read: {error.__cause__ or error}"
         ) from error
+    except RuntimeError as error:  # a folder with a script
+        raise ValueError(f"data.path is {name!r}, which cannot be read: {error}") from error
+    except StopIteration as error:  # what it raises for an empty file
+        raise ValueError(f"data.path is {name!r}, of which a file has no rows.") from error
     if "train" not in dataset:
         raise ValueError(
             f"data.path is {name!r}, which has no split train. Give a data set that has one."
@@ -150,6 +154,9 @@ def hugging_face(name: str, subset: str | None, field: str = "text") -> Document
             rows[split] = train.select(range(keep, len(train)))
             train = train.select(range(keep))
     rows["train"] = train
+    for split, of_split in rows.items():
+        if not len(of_split):
+            raise ValueError(f"data.path is {name!r}, which leaves no rows for the split {split}.")
     # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
     parts = [*(f"{split} {rows[split]._fingerprint}" for split in SPLITS), f" {field}"]
     # A column reads the disk when it is iterated.

@@ -43,9 +43,8 @@ def main(table: str, /, *overrides: str, options: TableOptions = TABLE_DEFAULTS)
         "cut": outcome.cut,
         "folder": str(plan.folder),
     }
-    results_file = plan.folder / "results.json"
-    if read.decision is not None and results_file.exists():
-        summary |= read_json(results_file)["decision"]
+    if read.decision is not None and outcome.has_report:
+        summary |= read_json(plan.folder / "results.json")["decision"]
     print_result(summary)
     return exit_code(outcome.signal, outcome.failed)
 

@@ -28,7 +28,8 @@ class TableOutcome:
     """How the making of a table ended: numbers of trainings.
 
     failed: counts evaluations, measurements and the report too. signal: the one that stopped it, or
-    0.
+    0. has_report: whether the report is that of these runs; without one, the files of earlier runs
+    may be there.
     """
 
     finished: int = 0
@@ -36,6 +37,7 @@ class TableOutcome:
     cut: int = 0
     signal: int = 0
     rows: int = 0  # with at least one finished run
+    has_report: bool = False
 
 
 def make_table(plan: TablePlan) -> TableOutcome:
@@ -50,7 +52,9 @@ def make_table(plan: TablePlan) -> TableOutcome:
             speeds, signal = measure_speeds(table, plan.scale, plan.folder, lock)
 
     outcome = outcome_of(runs, [*evaluations.jobs, *speeds], signal)
-    outcome.failed += not write_files(plan)
+    is_possible = write_files(plan)
+    outcome.failed += not is_possible
+    outcome.has_report = is_possible and outcome.finished > 0
     if signal:
         say(f"stopped; {RESUMES}")
     return outcome

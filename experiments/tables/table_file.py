@@ -198,6 +198,11 @@ def _table(name: str, folder: Path, tree: Any) -> PaperTable:
         if row.setting is not None and row.setting not in scale.settings:
             allowed = f"{', '.join(scale.settings) or 'none'} at scale {name_of_scale}"
             raise refusal(f"setting of {row.name!r}", row.setting, allowed)
+    if metrics[0].source == "speed":
+        raise ConfigError(
+            f"metrics.{metrics[0].name} is first and of speed, but the first one decides, over"
+            " seeds. Put one of the runs before it"
+        )
     if "share" not in tree and any(metric.source == "speed" for metric in metrics):
         raise ConfigError(
             "share is missing. Give the share of communication, between 0 and 1, at which the"

@@ -94,6 +94,23 @@ def test_rows_that_cannot_be_read_are_an_error_that_names_them(name, rows, tmp_p
         hugging_face(str(tmp_path / "rows"), None)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("train.jsonl", "", "of which a file has no rows"),
+        ("train.jsonl", '{"text": "a"}\n', "which leaves no rows for the split val"),
+        ("rows.py", "import datasets\n", "which cannot be read: Dataset scripts"),
+    ],
+)
+def test_a_folder_without_rows_is_refused_in_one_line(name, content, says, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"data\.path is .*rows', {says}"):
+        hugging_face(str(tmp_path / "rows"), None)
+
+
 def test_a_linked_folder_of_texts_is_read_once(tmp_path):
     own, disk = tmp_path / "all" / "a", tmp_path / "disk"
     for place, line in ((own, "own\n"), (disk, "linked\n")):

@@ -129,7 +129,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
             ("from: summary", "from: memory"),
             "metrics.val_loss.from is 'memory', allowed: summary | curve | evaluation",
         ),
-        (("from: summary", "from: speed, key: train_speedup"), "share is missing"),
+        (("from: summary", "from: speed, key: train_speedup"), "val_loss is first and of speed"),
         (
             ("[0.15, 0.52]", "[0.15, 52]"),
             "equal_time is .*'52'.*, allowed: a list of numbers between 0 and 1",
@@ -212,10 +212,17 @@ def test_more_shares_than_the_chart_has_colours_are_refused(tmp_path):
         load_table("table3", tmp_path)
 
 
-def test_a_metric_of_speed_names_a_speed_of_the_testbed(tmp_path):
+@pytest.mark.parametrize(
+    ("removed", "says"),
+    [
+        (", key: train_speedup", r"training speed-up.key is .*train_speedup"),
+        ("share: 0.52\n", "share is missing"),
+    ],
+)
+def test_a_metric_of_speed_names_a_speed_and_a_share_of_the_testbed(removed, says, tmp_path):
     text = (CONFIGS / "table1/table.yaml").read_text()
-    assert ", key: train_speedup" in text
+    assert removed in text
     (tmp_path / "table1").mkdir()
-    (tmp_path / "table1/table.yaml").write_text(text.replace(", key: train_speedup", "", 1))
-    with pytest.raises(ConfigError, match=r"training speed-up.key is .*train_speedup"):
+    (tmp_path / "table1/table.yaml").write_text(text.replace(removed, "", 1))
+    with pytest.raises(ConfigError, match=says):
         load_table("table1", tmp_path)

@@ -38,4 +38,5 @@ def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path, cap
         run.job.keep()
     made = make_table(plan)
     assert (made.finished, made.failed, *plan.folder.glob("table.md")) == (4, 1)
+    assert not made.has_report, "results.json may be of earlier runs"
     assert capsys.readouterr().err.endswith(f", remove {plan.runs[1].job.state_file}\n")
