@@ -221,7 +221,6 @@ def facts_of(
 ) -> dict[str, Any]:
     """Return an advice as JSON."""
     from scmoe.predict.advise import tokens_of_batch
-    from scmoe.predict.advised_rows import AS_IT_IS
 
     profile = asked.profile
     return {
@@ -251,7 +250,7 @@ def facts_of(
         "ep": advice.rows[advice.standard].choice.ep_size,
         "ep_sizes": list(job.ep_sizes),
         "rows": {name: row_to_json(row, job, profile) for name, row in advice.rows.items()},
-        "implied": [implied_by(scale, profile) for scale in scales if scale != AS_IT_IS],
+        "implied": [implied for scale in scales if (implied := implied_by(scale, profile))],
         "guesses": profile.guesses,
     }
 

@@ -66,10 +66,8 @@ class Seat:
         return self.make(self.group, draw_weights(self.dtype, load, seed), self.dtype)
 
     def problem(self, layer: Adapter, spread: str = "even", load: str = "usual") -> Problem:
-        """Return this rank's part of the batch.
-
-        Raises NotAsked if the batch has one part and the question is about several.
-        """
+        """Return this rank's part of the batch. NotAsked: the batch has one part, and the question
+        is about several."""
         parts = self.parts(layer)
         if spread != "even" and parts == 1 and self.group.size > 1:
             raise NotAsked("all ranks share the same tokens")
