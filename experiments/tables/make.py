@@ -1,7 +1,6 @@
 """A table from beginning to end: its trainings and evaluations, its speeds, then its files."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -138,8 +137,8 @@ def write_files(plan: TablePlan) -> bool:
     if others := paths_of_other_data(done):
         paths = " ".join(map(str, others))
         say(
-            "failed: the report, as runs have read different data. To train the fewer ones again,"
-            f" remove {paths}"
+            "failed: the report, as runs have read different data. To train again what has read"
+            f" other data than the newest run, remove {paths}"
         )
         return False
     if done:
@@ -152,16 +151,15 @@ def write_files(plan: TablePlan) -> bool:
 
 
 def paths_of_other_data(done: Sequence[Run]) -> list[Path]:
-    """Return the state files and run directories of runs that have read other data than most. A
-    state without its run directory is made of that directory again. The kept states of Tables 1 and
-    7 note no data."""
+    """Return the state files and run directories of runs that have read other data than the newest
+    one. A state without its run directory is made of that directory again. The kept states of
+    Tables 1 and 7 note no data."""
     noted = [run for run in done if run.state.results.get("data")]
-    counted = Counter(run.state.results["data"] for run in noted)
-    (usual, _), *_ = counted.most_common(1) or [("", 0)]
+    newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
     return [
         path
         for run in noted
-        if run.state.results["data"] != usual
+        if newest and run.state.results["data"] != newest.state.results["data"]
         for path in (run.job.state_file, *run.job.run_dirs())
     ]
 

@@ -27,6 +27,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from scmoe.lightning.guarded_update import guard_updates
@@ -246,7 +247,8 @@ class ExpertParallelStrategy(DDPStrategy):
             ddp = loops.ddp_arguments(self)
             self.wrapped = wrap(self.module, self.mesh, **ddp)
             self.model = self.wrapped.module
-            loops.register_ddp_hooks(self)
+            if isinstance(self.model, DistributedDataParallel):  # else the experts train alone
+                loops.register_ddp_hooks(self)
         self.at_teardown.callback(self.wrapped.close)
 
     def teardown(self) -> None:

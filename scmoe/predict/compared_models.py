@@ -261,7 +261,7 @@ def loads_of(
             check_load(routing, sizes, samples)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}. EP {ep_size} is one that is tried; ep=N tries that one alone"
+            f"{error}. EP {ep_size} is one of those that are tried. ep=N tries another one alone"
         ) from error
     return rank_shares(routing, each[0])
 

@@ -225,7 +225,7 @@ def ranks_of_stage(request: Request, profile: Profile) -> tuple[int, int]:
         )
     of_stage = ranks // stages
     node = min(of_stage, profile.ranks_per_node)
-    if stages > 1 and profile.ranks_per_node % node:
+    if ranks > profile.ranks_per_node and stages > 1 and profile.ranks_per_node % node:
         raise ConfigError(
             f"command line: stage_layers is {request.stage_layers}, so a stage has {of_stage} ranks"
             f" and lies across nodes of {profile.ranks_per_node}, allowed: stages whose ranks"

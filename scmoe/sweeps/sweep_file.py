@@ -17,7 +17,7 @@ import yaml
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, sets, show
-from scmoe.config.load import find, load_config, mapping_of, read_unchecked, what_is_bad
+from scmoe.config.load import find, keys_of, load_config, mapping_of, read_unchecked, what_is_bad
 from scmoe.config.rules import FOLDER_NAME
 from scmoe.sweeps import checks
 from scmoe.sweeps.checks import Rule, check, refusal
@@ -147,11 +147,9 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
                 " digit first"
             )
         overrides = [*overrides, *extra]
-        for word, key in product([*overrides, *axes], SET_BY_SWEEP):
-            if sets(word, key):
-                raise ConfigError(
-                    f"{word} is given, but the sweep sets {key} of each trial. Leave it out"
-                )
+        for key in SET_BY_SWEEP:
+            if key in keys_of(overrides) | axes.keys():
+                raise ConfigError(f"the command or parameters.{key} sets {key}, as the sweep does")
         base = load_config(config, overrides)
         _check_names(axes, config, overrides, base)
     except ConfigError as error:

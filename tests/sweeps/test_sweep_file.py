@@ -36,8 +36,8 @@ BAD = [
     ("command", GOOD["command"][:-1], "command is ["),
     ("command", ENVIRONMENT, "command is ["),
     ("command", SECTION, "parameters.optim.lr is in the command too"),
-    ("command", GROUP, "logger.group=mine is given, but the sweep sets logger.group of each trial"),
-    ("parameters/name", {"value": "a"}, "name is given, but the sweep sets name of each trial"),
+    ("command", GROUP, "sets logger.group, as the sweep does"),
+    ("parameters/name", {"value": "a"}, "sets name, as the sweep does"),
     ("command", None, "command is missing. Give [scmoe, train, CONFIG"),
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
     (

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -110,6 +111,9 @@ def wrap(model: nn.Module, mesh: Mesh, **ddp: Any) -> Wrapped:
     if any(p.requires_grad for p in dense):
         wrapped = Wrapped(DistributedDataParallel(model, **arguments), mesh.world_size)
     else:
+        if mesh.world_size > 1 and ddp.get("init_sync", True):  # as DDP does when it is built
+            for tensor in (*dense, *model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
         wrapped = Wrapped(model, mesh.world_size)
     wrapped.reducer = ExpertGradientReducer([*shards.values()], mesh, bucket_mb)
     return wrapped

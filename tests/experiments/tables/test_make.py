@@ -369,13 +369,14 @@ def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_train
     assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), TableOptions(), ()).runs
 
 
-def test_runs_that_have_read_other_data_than_most_are_named_with_their_directories(tmp_path):
+def test_runs_that_have_read_other_data_than_the_newest_are_named_with_their_directories(tmp_path):
     """A state alone would be made again of its run directory."""
     runs = plan_runs(TABLE3, TABLE3.scales["smoke"], tmp_path, 1)[:3]
-    for run, data in zip(runs, ("a", "b", "a"), strict=True):
+    for run, data in zip(runs, ("new", "old", "new"), strict=True):
         run_dir = run.job.home / "2026-01-01_00-00-00"
         run_dir.mkdir(parents=True)
         (run_dir / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
         run.job.state = State("finished", str(run_dir), results={"data": data})
+        run.job.keep()
     assert paths_of_other_data(runs) == [runs[1].job.state_file, *runs[1].job.run_dirs()]
     assert len(runs[1].job.run_dirs()) == 1

@@ -48,6 +48,9 @@ def with_experts_alone(rank: int, world_size: int) -> list[list[torch.Tensor]]:
         moe = MoE(16, 4, ffn_dim=32, group=Wire(mesh))
         moe.requires_grad_(trains_dense)
         moe.experts.requires_grad_()
+        if rank > 0:  # dense weights become rank 0's
+            with torch.no_grad():
+                moe.router.gate.weight.mul_(2)
         wrapped = wrap(moe, mesh)
         batches = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(rank))
         for number, x_TD in enumerate(batches, 1):
