@@ -124,7 +124,7 @@ def hugging_face(name: str, subset: str | None, field: str = "text") -> Document
         raise ValueError(
             f"data.path is {name!r}, whose rows cannot be read: {error.__cause__ or error}"
         ) from error
-    except RuntimeError as error:  # a folder with a script
+    except (RuntimeError, ValueError) as error:  # a folder with a script; a table of no rows
         raise ValueError(f"data.path is {name!r}, which cannot be read: {error}") from error
     except StopIteration as error:  # what it raises for an empty file
         raise ValueError(f"data.path is {name!r}, of which a file has no rows.") from error

@@ -202,10 +202,11 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
         )
     mesh = wire_of(group).mesh
     check_experts(module, mesh)
-    ddp = wrap(module, mesh, process_group=group).module
-    if not isinstance(ddp, DistributedDataParallel):
+    wrapped = wrap(module, mesh, process_group=group)
+    if not isinstance(wrapped.module, DistributedDataParallel):
+        wrapped.close()
         raise ValueError("DDP averages dense parameters, but the module has none that trains.")
-    return ddp
+    return wrapped.module
 
 
 def wire_of(group: Any) -> Wire:

@@ -54,7 +54,7 @@ def find_rate(
     wanted, rate = s.share, 1.0 if start is None else start
     if start is None and s.links != "bus":
         t_free = median(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
-        rows = 2 * 2 * s.moe_blocks * s.tokens * s.rows_per_copy
+        rows = 2 * 2 * s.moe_blocks * s.tokens * s.rows_per_copy(top_k=2)
         sent_bits = rows * s.dim * 32 * share_sent(dist.get_world_size())
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     # transfers below the links' burst take no time at any rate, so their search would not converge

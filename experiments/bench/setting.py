@@ -165,12 +165,13 @@ class Setting:
             f"--layout is {text}, allowed: dropless | capacity:F | buffers:C, 0 < F, C <= 1e6"
         )
 
-    @property
-    def rows_per_copy(self) -> float:
-        """Return the rows that travel for a routed copy of a token, at an even load. Slots and
-        buffers travel with their empty rows; a buffer has no more rows than there are copies."""
+    def rows_per_copy(self, top_k: int) -> float:
+        """Return the rows that travel for a routed copy of a token, at an even load. Empty slots
+        and empty rows of buffers travel too. An expert has at most a slot for each token, a buffer
+        at most a row for each copy."""
         kind, number = self.kind_of_layout
-        return min(number, max(2, self.ranks)) if kind == "buffers" else number
+        most = max(2, self.ranks) if kind == "buffers" else self.num_experts / top_k
+        return min(number, most)
 
     def block_of(self, row: str) -> str:
         """Return the block of a row (pairs.ROWS)."""
@@ -198,8 +199,9 @@ def tokens_for(ratio: float, setting: Setting) -> int:
     mlps = setting.layers - setting.moe_blocks
     weights = 4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim
     gradients = 2 * (1 - 1 / ranks) * weights
-    copies = 4 * BLOCK_TOP_K["top2"] * setting.moe_blocks * setting.accumulate
-    rows_of_a_token = copies * setting.rows_per_copy * setting.dim * share_sent(ranks)
+    top_k = BLOCK_TOP_K["top2"]
+    rows = 4 * top_k * setting.rows_per_copy(top_k) * setting.moe_blocks * setting.accumulate
+    rows_of_a_token = rows * setting.dim * share_sent(ranks)
     sequences = max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len))
     return sequences * setting.seq_len
 

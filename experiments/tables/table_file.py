@@ -200,8 +200,8 @@ def _table(name: str, folder: Path, tree: Any) -> PaperTable:
             raise refusal(f"setting of {row.name!r}", row.setting, allowed)
     if metrics[0].source == "speed":
         raise ConfigError(
-            f"metrics.{metrics[0].name} is first and of speed, but the first one decides, over"
-            " seeds. Put one of the runs before it"
+            f"metrics.{metrics[0].name} is first and a speed, but rows are compared by the first"
+            " metric, over seeds. Put a metric of the runs first"
         )
     if "share" not in tree and any(metric.source == "speed" for metric in metrics):
         raise ConfigError(

@@ -1,9 +1,9 @@
 """The plan of a table at a scale: all its runs, before any of them is started."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import join, quote
 
 from experiments.bench.pairs import ROWS
 from experiments.tables.table_file import PaperTable, Scale, TableOptions
@@ -49,8 +49,9 @@ class TablePlan:
         ]
         if seeds != self.scale.seeds:
             words = ["--seeds", str(seeds), *words]
-        arguments = f' ARGS="{shlex.join(words)}"' if words else ""
-        return f"make table TABLE={self.table.name} SCALE={self.scale_name}{arguments}"
+        command = f"make table TABLE={self.table.name} SCALE={self.scale_name}"
+        # the shell that make starts reads the words, after make has read $
+        return f"{command} ARGS={quote(join(words).replace('$', '$$'))}" if words else command
 
 
 def plan_table(table: PaperTable, options: TableOptions, overrides: Sequence[str]) -> TablePlan:

@@ -25,8 +25,8 @@ from scmoe.config import registry
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, sets
-from scmoe.config.load import load_config
+from scmoe.config.leaves import ConfigError, flatten
+from scmoe.config.load import load_config, sets
 from scmoe.files import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META

@@ -147,13 +147,6 @@ def _types(section: type) -> dict[str, Any]:
     return get_type_hints(section)
 
 
-def sets(override: str, key: str) -> bool:
-    """Return whether an override, key=value or --key=value, sets this key: by its name, or in a
-    section that holds it."""
-    name = override.removeprefix("--").partition("=")[0]
-    return f"{key}.".startswith(f"{name}.")
-
-
 def show(value: Any) -> str:
     """Return a value as a user would type it, cut if it is long."""
     text = "null" if value is None else repr(value)

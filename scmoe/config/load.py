@@ -70,6 +70,11 @@ def keys_of(overrides: Sequence[str]) -> frozenset[str]:
     return frozenset(key for word in overrides for key, _ in _pairs(_mapping_of_override(word)))
 
 
+def sets(override: str, key: str) -> bool:
+    """Return whether an override sets a key, or replaces a mapping that holds it."""
+    return any(f"{key}.".startswith(f"{name}.") for name in keys_of([override]))
+
+
 def load_text(text: str, source: str, overrides: Sequence[str] = (), trains: bool = True) -> Config:
     """Return the validated configuration of a kept text and overrides.
 

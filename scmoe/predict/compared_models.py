@@ -260,9 +260,7 @@ def loads_of(
         for sizes in dict.fromkeys(each):
             check_load(routing, sizes, samples)
     except ConfigError as error:
-        raise ConfigError(
-            f"{error}. EP {ep_size} is one of those that are tried. ep=N tries another one alone"
-        ) from error
+        raise ConfigError(f"{error}. To try another EP alone, give ep=N") from error
     return rank_shares(routing, each[0])
 
 

@@ -228,8 +228,8 @@ def ranks_of_stage(request: Request, profile: Profile) -> tuple[int, int]:
     if ranks > profile.ranks_per_node and stages > 1 and profile.ranks_per_node % node:
         raise ConfigError(
             f"command line: stage_layers is {request.stage_layers}, so a stage has {of_stage} ranks"
-            f" and lies across nodes of {profile.ranks_per_node}, allowed: stages whose ranks"
-            " divide a node's, or are a multiple of them"
+            f" and lies across nodes of {profile.ranks_per_node}. Give a number of layers with"
+            f" which a stage's ranks divide {profile.ranks_per_node} or are a multiple of it"
         )
     if of_stage % node:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a user has measured of the job, as factors on computing and transfers: an
+"""What a user has measured of the job, as factors on computing, transfers and the host's time: an
 advised_rows.Slowdown.
 
 measured_step_ms   milliseconds of a step of a known row. One number cannot say what was slow, so
@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.derived import rows_are_filled
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import read_text
 from scmoe.planning.plan_file import plan_from_json
 from scmoe.predict.advised_rows import Choice, Simulator, Slowdown
-from scmoe.predict.compared_models import Model
+from scmoe.predict.compared_models import Model, rows_are_padded
 from scmoe.predict.judged_job import Job
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.play import TRANSFERS
@@ -223,8 +222,7 @@ def slowdown_of_report(
             f"measured is {path}, whose links have a rate that was searched for a share. Measure"
             " with --link-mbit, the rate of your network."
         )
-    usual_layout = "dropless" if bench["loads"] else "capacity:1"
-    layout = bench["layout"] or usual_layout
+    layout = bench["layout"] or ("dropless" if bench["loads"] else "capacity:1")
     usual = {**bench, "row": "top2", "blocks": "gpt", "layout": layout}
     of_job = sizes_as_benched(job, standard)
     differing = [name for name, value in of_job.items() if usual[name] != value]
@@ -251,7 +249,7 @@ def sizes_as_benched(job: Job, standard: Model) -> dict[str, Any]:
     gpt as they are by default."""
     model, moe = job.config.model, job.config.moe
     plain = (model.family, model.activation or "gelu", model.attention) == ("gpt", "gelu", "full")
-    padded = moe.capacity_factor is not None and not rows_are_filled(job.config)
+    padded = moe.capacity_factor is not None and rows_are_padded(job.config)
     return {
         "row": standard.name,
         "blocks": "gpt" if plain and model.kv_heads is None else "others than gpt's own",

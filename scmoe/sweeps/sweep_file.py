@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, sets, show
-from scmoe.config.load import find, keys_of, load_config, mapping_of, read_unchecked, what_is_bad
+from scmoe.config.leaves import ConfigError, flatten, show
+from scmoe.config.load import find, load_config, mapping_of, read_unchecked, sets, what_is_bad
 from scmoe.config.rules import FOLDER_NAME
 from scmoe.sweeps import checks
 from scmoe.sweeps.checks import Rule, check, refusal
@@ -148,8 +148,10 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
             )
         overrides = [*overrides, *extra]
         for key in SET_BY_SWEEP:
-            if key in keys_of(overrides) | axes.keys():
-                raise ConfigError(f"the command or parameters.{key} sets {key}, as the sweep does")
+            if key in axes:
+                raise ConfigError(f"parameters.{key} is set by the sweep itself. Leave it out")
+            if any(sets(word, key) for word in overrides):
+                raise ConfigError(f"{key} is in the command, but the sweep sets it. Leave it out")
         base = load_config(config, overrides)
         _check_names(axes, config, overrides, base)
     except ConfigError as error:

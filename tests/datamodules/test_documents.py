@@ -99,6 +99,7 @@ def test_rows_that_cannot_be_read_are_an_error_that_names_them(name, rows, tmp_p
     [
         ("train.jsonl", "", "of which a file has no rows"),
         ("train.jsonl", '{"text": "a"}\n', "which leaves no rows for the split val"),
+        ("train.csv", "text\n", "which cannot be read: "),
         ("rows.py", "import datasets\n", "which cannot be read: Dataset scripts"),
     ],
 )

@@ -380,7 +380,6 @@ def test_jobs_as_people_have_them(words, key, capfd):
         ("cluster=8xA30-PCIe", "samples=1", "trainer.accumulate=2"),
         ("cluster=8xA30-PCIe", "strategy.dense=hybrid"),
         ("cluster=8xA30-PCIe", "load=hot_rank:9", "moe.capacity_factor=null"),
-        ("cluster=8xA30-PCIe", "load=hot_rank:3", "moe.capacity_factor=null"),  # EP 2 is tried too
         ("cluster=8xA30-PCIe", "load=hot_rank:1.7"),  # every slot of a capacity travels
         ("cluster=8xA30-PCIe", "strategy.ep_size=8"),  # ep=8 is meant
         ("cluster=8xA30-PCIe", "trainer.accumulate=0"),
@@ -396,6 +395,13 @@ def test_what_cannot_be_answered_is_refused_in_one_line(words, capfd):
     assert call("advise", "quickstart", *words) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_load_that_one_ep_cannot_have_says_how_to_try_another_one(capfd):
+    """Of two ranks none has three times the mean."""
+    words = ("cluster=8xA30-PCIe", "load=hot_rank:3", "moe.capacity_factor=null")
+    assert call("advise", "quickstart", *words) == 2
+    assert "with 2 ranks: 1 to 2. To try another EP alone, give ep=N" in capfd.readouterr().err
 
 
 def test_a_row_of_a_token_for_each_node_is_counted_with_the_copies_of_each_model():

@@ -36,8 +36,8 @@ BAD = [
     ("command", GOOD["command"][:-1], "command is ["),
     ("command", ENVIRONMENT, "command is ["),
     ("command", SECTION, "parameters.optim.lr is in the command too"),
-    ("command", GROUP, "sets logger.group, as the sweep does"),
-    ("parameters/name", {"value": "a"}, "sets name, as the sweep does"),
+    ("command", GROUP, "logger.group is in the command, but the sweep sets it"),
+    ("parameters/name", {"value": "a"}, "parameters.name is set by the sweep itself"),
     ("command", None, "command is missing. Give [scmoe, train, CONFIG"),
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
     (

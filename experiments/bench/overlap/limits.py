@@ -30,8 +30,9 @@ def gradient_mb(measured: Measurement, block: str) -> float:
 def row_bytes(setting: Setting, block: str) -> float:
     """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of
     each MoE. One rank alone, on a GPU, counts as two, as in setting.tokens_for."""
-    copies = setting.moe_blocks * setting.top_k_of(block) * setting.tokens
-    rows = 2 * copies * setting.rows_per_copy * share_sent(max(2, setting.ranks))
+    top_k = setting.top_k_of(block)
+    copies = setting.moe_blocks * top_k * setting.tokens
+    rows = 2 * copies * setting.rows_per_copy(top_k) * share_sent(max(2, setting.ranks))
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 

@@ -129,7 +129,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
             ("from: summary", "from: memory"),
             "metrics.val_loss.from is 'memory', allowed: summary | curve | evaluation",
         ),
-        (("from: summary", "from: speed, key: train_speedup"), "val_loss is first and of speed"),
+        (("from: summary", "from: speed, key: train_speedup"), "val_loss is first and a speed"),
         (
             ("[0.15, 0.52]", "[0.15, 52]"),
             "equal_time is .*'52'.*, allowed: a list of numbers between 0 and 1",

@@ -3,10 +3,12 @@ charts show them."""
 
 import json
 
+from experiments.tables import make
 from experiments.tables.make import make_table
 from experiments.tables.table_file import TableOptions, load_table
 from experiments.tables.table_plan import plan_table
 from experiments.tables.table_report import write_report
+from scmoe.command_line import call
 from scmoe.sweeps.jobs import State
 from tests.support.tables import CONFIGS, POS2, POS3, write_speeds
 
@@ -38,5 +40,15 @@ def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path, cap
         run.job.keep()
     made = make_table(plan)
     assert (made.finished, made.failed, *plan.folder.glob("table.md")) == (4, 1)
-    assert not made.has_report, "results.json may be of earlier runs"
     assert capsys.readouterr().err.endswith(f", remove {plan.runs[1].job.state_file}\n")
+
+
+def test_the_summary_has_no_decision_of_an_earlier_call(tmp_path, capfd, monkeypatch):
+    """Where no report is possible, results.json is that of other runs."""
+    monkeypatch.setattr(make, "make_table", lambda plan: make.TableOutcome(failed=1))
+    folder = tmp_path / "tables/quality-smoke"
+    folder.mkdir(parents=True)
+    kept = {"decision": {"margin": 0.01}}
+    (folder / "results.json").write_text(json.dumps(kept), encoding="utf-8")
+    assert call("table", "quality", "--scale", "smoke", f"runs_dir={tmp_path}") == 1
+    assert "margin" not in json.loads(capfd.readouterr().out.splitlines()[-1])

@@ -38,10 +38,11 @@ def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
 
 
 @pytest.mark.parametrize(
-    ("layout", "rows"), [("dropless", 1), ("capacity:2", 2), ("buffers:1.5", 1.5), ("buffers:9", 2)]
+    ("layout", "rows"),
+    [("dropless", 1), ("capacity:2", 2), ("buffers:1.5", 1.5), ("buffers:9", 2), ("capacity:9", 4)],
 )
 def test_empty_slots_and_rows_of_buffers_travel_too(layout, rows):
-    """A buffer has at most all copies of the two ranks."""
+    """A buffer has at most all copies of the two ranks, one of 8 experts at most all tokens."""
     usual = Setting(level="iteration", tokens=256)
     setting = replace(usual, layout=layout)
     assert row_bytes(setting, "top2") == rows * row_bytes(usual, "top2")
