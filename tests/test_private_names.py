@@ -55,6 +55,7 @@ SIGNATURES = {  # name: its owner, its parameters
         ["module", "params_and_buffers_to_ignore"],
     ),
     "_broadcast_sigterm_tensor": (_TrainingEpochLoop, ["self"]),
+    "_should_check_val_fx": (_TrainingEpochLoop, ["self", "data_fetcher"]),
     "_after_closure": (Precision, ["self", "model", "optimizer"]),
     "_save_checkpoint": (ModelCheckpoint, ["self", "trainer", "filepath"]),
     "_register_signal": (_SignalConnector, ["signum", "handlers"]),
@@ -69,7 +70,7 @@ SIGNATURES = {  # name: its owner, its parameters
 }
 OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved", "_restarting"),
-    *("_batches_that_stepped", "_signal_connector", "_checkpoint_connector"),
+    *("_batches_that_stepped", "_signal_connector", "_checkpoint_connector", "_data_fetcher"),
     # test_from_python.py and test_launch.py use them
     *("_IS_INTERACTIVE", "_MultiProcessingLauncher", "_SubprocessScriptLauncher", "_start_method"),
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
@@ -286,6 +287,7 @@ def test_progress_of_lightnings_loops():
         progress.reset()
         assert (progress.current.ready, progress.total.ready) == (0, 0)
     assert loop.batch_idx == -1, "batch_idx is ready - 1"
+    assert trainer.fit_loop._data_fetcher is None, "it has one while it runs"
     assert (trainer.validating, trainer.sanity_checking, trainer.checkpoint_callbacks) == (
         False,
         False,

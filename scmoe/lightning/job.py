@@ -294,16 +294,17 @@ class RunningJob:
         loops.restart_validation(trainer)
         loops.forget_started_batch(trainer)
 
-        last = trainer.checkpoint_callback
-        if isinstance(last, saves.LastCheckpoint):
-            last.save(trainer)
+        ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, saves.LastCheckpoint)]
+        if ours:
+            ours[0].save(trainer)
         elif requeue and self.stop.requeue is not None:
             self.checkpoints.finish()
             # the job must not end before the checkpoint is complete
             self.checkpoints.background = False
             launch.save_and_requeue(trainer, self.stop.requeue)
         else:
-            folder = getattr(last, "dirpath", None) or trainer.default_root_dir
+            kept = getattr(trainer.checkpoint_callback, "dirpath", None)
+            folder = kept or trainer.default_root_dir
             # a folder may be on a remote storage, whose :// a Path would change
             path = os.path.join(folder, f"step={trainer.global_step}.ckpt")
             trainer.save_checkpoint(path)

@@ -3,6 +3,7 @@ differ."""
 
 import csv
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from scmoe.training.run.directory import read_metrics, read_state
 ONE_LINE = 1000  # columns without a terminal, so that a run is a line that can be searched
 STATE_COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
 BATCH_KEYS = ("data.global_batch_size", "data.seq_len")
+STEP_NAME = re.compile(r"step=(\d+)(-v\d+)?\.ckpt")  # -v1: of earlier versions
 # keys that say where a run is kept, not what it computes
 NOT_COMPARED = ("name", "runs_dir", "logger.")
 
@@ -119,9 +121,8 @@ class SeenRun:
         """
         rows = [row for row in self.metrics if "train/loss" in row] or self.metrics
         logged = [int(row["step"]) + 1 for row in rows]
-        saved = [
-            int(path.stem.rpartition("=")[2]) for path in self.path.glob("checkpoints/step=*.ckpt")
-        ]
+        names = [path.name for path in self.path.glob("checkpoints/step=*.ckpt")]
+        saved = [int(step[1]) for name in names if (step := STEP_NAME.fullmatch(name))]
         return max([*logged, *saved], default=0)
 
     @property

@@ -37,6 +37,12 @@ def accumulated_batches(trainer: Any) -> int:
     return int(done.current.processed % trainer.accumulate_grad_batches)
 
 
+def validates_next(trainer: Any) -> bool:
+    """Return, at the end of a batch, whether a validation follows it."""
+    fit_loop = trainer.fit_loop
+    return bool(fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher))
+
+
 def restart_validation(trainer: Any) -> None:
     """Reset the progress of the running validation.
 

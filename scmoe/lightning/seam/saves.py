@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 
+from scmoe.lightning.seam import loops
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.remote import Place, located
@@ -129,13 +130,27 @@ def is_of_trainer(path: Place, trainer: Any) -> bool:
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the newest checkpoint alone, as `step=N.ckpt`.
 
-    It saves every n-th step, at a stop and at the end of training. Lightning's own saves nothing at
-    the end, and leaves the checkpoint from which a run was resumed. With another save_top_k, -1 or
-    0, this one keeps all checkpoints or makes none.
+    It saves every n-th step, at a stop and at the end of training. Where a validation follows the
+    step, it saves after it: a run that resumes does not validate that step again. So it must be the
+    last of the callbacks. Lightning's own saves nothing at the end, and leaves the checkpoint from
+    which a run was resumed. With another save_top_k, -1 or 0, this one keeps all checkpoints or
+    makes none.
     """
 
     def __init__(self, folder: Path | None, every_n_steps: int) -> None:
-        super().__init__(folder, "{step}", every_n_train_steps=every_n_steps)
+        super().__init__(
+            folder,
+            "{step}",
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,  # a damaged checkpoint of this name is replaced
+        )
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        if not loops.validates_next(trainer):
+            super().on_train_batch_end(trainer, *arguments)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)  # saves if it is the n-th
 
     def save(self, trainer: Any) -> None:
         """Save the current step. Every rank must call it."""
@@ -150,7 +165,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         for path in Path(filepath).parent.glob("step=*.ckpt") if self.save_top_k == 1 else ():
-            step = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
+            step = re.fullmatch(r"step=(\d+)(-v\d+)?\.ckpt", path.name)
             if step and int(step[1]) < trainer.global_step:
                 trainer.strategy.remove_checkpoint(path)  # once the new one is complete
 
@@ -163,7 +178,14 @@ class BestCheckpoints(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path | None, monitor: str, mode: str, kept: int) -> None:
-        super().__init__(folder, "best-{step}", monitor=monitor, mode=mode, save_top_k=kept)
+        super().__init__(
+            folder,
+            "best-{step}",
+            monitor=monitor,
+            mode=mode,
+            save_top_k=kept,
+            enable_version_counter=False,  # as of LastCheckpoint
+        )
 
     @property
     def state_key(self) -> str:

@@ -181,6 +181,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return [*folder.glob("*.ckpt"), *moved]
 
 
+def rank_in_step(path: Path) -> tuple[bool, float]:
+    """Return which of two checkpoints of one step is taken: the higher value.
+
+    One that a validation has saved, `best-step=N`, has that validation; the times of a copied run
+    say nothing.
+    """
+    return path.name.removeprefix(".").startswith("best-"), path.stat().st_mtime
+
+
 def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> Path:
     """Return the complete checkpoint of the latest step; a warning names each broken one.
 
@@ -196,7 +205,7 @@ def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> P
         if not path.name.removeprefix(".").startswith(prefix):
             continue
         try:
-            candidates.append((read_manifest(path)["step"], path.stat().st_mtime, path))
+            candidates.append((read_manifest(path)["step"], rank_in_step(path), path))
         except BrokenCheckpoint as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
     for _, _, path in sorted(candidates, reverse=True):

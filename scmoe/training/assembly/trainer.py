@@ -60,7 +60,6 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         StepTimes(),
         GradientNorms(),
         PeakMemory(),
-        LastCheckpoint(checkpoints, trainer.checkpoint_every),
     ]
     if trainer.limit_val_batches != 0 and trainer.save_top_k:
         callbacks.append(BestCheckpoints(checkpoints, best, mode, trainer.save_top_k))
@@ -82,7 +81,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     callbacks += measurements(config, analysis)
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
-    return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
+    callbacks += [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
+    return [*callbacks, LastCheckpoint(checkpoints, trainer.checkpoint_every)]
 
 
 def measurements(config: Config, folder: Path | None) -> Iterator[Callback]:

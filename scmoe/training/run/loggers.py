@@ -138,6 +138,10 @@ class SafeCSVLogger(CSVLogger):
                 f"{path} cannot be written, its rows stay in memory: {error.strerror or error}"
             )
 
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Write the rows up to a checkpoint: a run that resumes from it does not log them again."""
+        self.save()
+
 
 def _put_back(path: Path, before: bytes | None) -> None:
     """Give a file its earlier content. Where rows were only added the file is cut, which needs no

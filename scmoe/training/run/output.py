@@ -27,7 +27,7 @@ from scmoe.files import redacted, relative, try_to_write_json
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
 from scmoe.report import console, say
-from scmoe.training.run.directory import create_run_dir, kept_state, write_config
+from scmoe.training.run.directory import create_run_dir, kept_state, refuse_running, write_config
 from scmoe.training.run.loggers import (
     build_loggers,
     close_loggers,
@@ -119,6 +119,7 @@ def open_output(
         run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, text)
     else:
         run_dir = resumed.run_dir
+        refuse_running(run_dir)  # another process may have begun while this one prepared its data
         step = read_manifest(resumed.checkpoint)["step"]
         write_config(record_path(run_dir, step), text)
 

@@ -27,6 +27,7 @@ from scmoe.parallel.checkpoint.durable import (
     BrokenCheckpoint,
     checkpoints,
     newest_good,
+    rank_in_step,
     read_manifest,
     verify,
 )
@@ -108,7 +109,7 @@ def verified_checkpoint(run_dir: Path, step: int) -> Path:
     """Return the checkpoint of this step, after its names and sizes are verified. ConfigError:
     there is none, or it is damaged."""
     steps: dict[int, Path] = {}
-    for path in checkpoints(run_dir / "checkpoints"):
+    for path in sorted(checkpoints(run_dir / "checkpoints"), key=rank_in_step):
         with suppress(BrokenCheckpoint):
             steps[read_manifest(path)["step"]] = path
     if step not in steps:

@@ -171,7 +171,7 @@ def keep_best(
     }
     how |= {"num_sanity_val_steps": 0, "limit_val_batches": 1, "enable_checkpointing": True}
     trainer = users_trainer(
-        1, "auto", callbacks=[LastCheckpoint(folder / "checkpoints", 1), best], **how
+        1, "auto", callbacks=[best, LastCheckpoint(folder / "checkpoints", 1)], **how
     )
     trainer.fit(Validated(), ckpt_path=resume_from, weights_only=True)
     known = sorted(best.best_k_models, key=best.best_k_models.__getitem__)
@@ -194,6 +194,68 @@ def test_a_resumed_run_that_was_moved_keeps_as_many_of_the_best_as_configured(tm
     ]
     known, files = keep_best(here, 5, 1, here / "checkpoints/step=4.ckpt")
     assert known == ["best-step=5.ckpt"] and files == ["best-step=5.ckpt", "step=5.ckpt"]
+
+
+class Killed(Exception):
+    """Ends a training where a kill would."""
+
+
+SCORE_OF_STEP = {2: 1.0, 4: 2.0, 6: 3.0, 8: 0.5}  # lower is better
+
+
+class Judged(BoringModel):
+    """Validates after every second step, and is killed in or after the validation of one.
+
+    known: for each validated step, what the callbacks then know of the best and of patience.
+    """
+
+    def __init__(self, killed: str, known: dict[int, Any]) -> None:
+        super().__init__()
+        self.killed, self.known = killed, known
+
+    def on_validation_epoch_end(self) -> None:
+        if self.killed == f"in {self.global_step}":
+            raise Killed
+        self.log("val/bits_per_byte", SCORE_OF_STEP[self.global_step])
+
+    def on_validation_end(self) -> None:
+        best, patience = self.trainer.checkpoint_callback, self.trainer.early_stopping_callback
+        self.known[self.global_step] = (
+            patience.wait_count,
+            [Path(path).name for path in best.best_k_models],
+        )
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.killed == f"after {self.global_step}":
+            raise Killed
+
+
+def judged(folder: Path, killed: str = "never", known: dict[int, Any] | None = None) -> Any:
+    """Train from the newest checkpoint in the folder. Return what is known, and all checkpoints."""
+    known = {} if known is None else known
+    words = ["trainer.early_stopping=9", "trainer.checkpoint_every=2"]
+    callbacks = [
+        c
+        for c in build_callbacks(load_config(None, words), folder)
+        if isinstance(c, ModelCheckpoint | EarlyStopping)
+    ]
+    how = {"max_epochs": -1, "max_steps": 8, "val_check_interval": 2, "limit_val_batches": 1}
+    how |= {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    trainer = users_trainer(1, "auto", callbacks=callbacks, enable_checkpointing=True, **how)
+    saved = (folder / "checkpoints").glob("*.ckpt")
+    newest = max(saved, key=lambda path: (path.stem.rpartition("=")[2], path.name), default=None)
+    trainer.fit(Judged(killed, known), ckpt_path=newest, weights_only=True)
+    return known, sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("killed", ["in 4", "after 4", "after 6", "in 8"])
+def test_a_run_that_is_killed_in_or_after_a_validation_loses_none(killed, tmp_path):
+    whole = judged(tmp_path / "whole")
+    assert whole[0][8] == (0, ["best-step=8.ckpt"]) and whole[0][6][0] == 2
+    known = dict[int, Any]()
+    with pytest.raises(Killed):
+        judged(tmp_path / "cut", killed, known)
+    assert judged(tmp_path / "cut", known=known) == whole
 
 
 def early_stopping(patience: int) -> EarlyStopping:

@@ -171,10 +171,12 @@ def test_the_newest_whole_checkpoint_is_found_and_no_other_is_read(tmp_path, mon
         durable.newest_good(tmp_path / "nowhere")
 
 
-def test_of_checkpoints_of_one_step_the_last_written_is_taken(tmp_path):
-    for i, name in enumerate(("b.ckpt", "a.ckpt")):
+def test_of_checkpoints_of_one_step_the_last_written_or_that_of_a_validation_is_taken(tmp_path):
+    for i, name in enumerate(("best-step=7.ckpt", "b.ckpt", "a.ckpt")):
         write(tmp_path / name, 7)
-        os.utime(tmp_path / name, (i, i))
+        os.utime(tmp_path / name, (i, i))  # a copy of a run has other times
+    assert durable.newest_good(tmp_path).name == "best-step=7.ckpt"
+    (tmp_path / "best-step=7.ckpt").rename(tmp_path / "removed")
     assert durable.newest_good(tmp_path).name == "a.ckpt"
 
 

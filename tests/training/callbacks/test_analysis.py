@@ -63,7 +63,9 @@ def fit(run_dir, *words, resume=False):
     module.training_step = counting
     loggers = build_loggers(config, run_dir, resumed_step=4 if resume else None)
     trainer = trainer_of(config, callbacks, loggers)
-    trainer.checkpoint_callback.save_top_k = -1  # the run is resumed from a step before its last
+    callbacks[
+        -1
+    ].save_top_k = -1  # of LastCheckpoint: the run is resumed from a step before its last
     trainer.fit(
         module,
         build_datamodule(config),

@@ -13,6 +13,7 @@ from threading import Barrier
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.config.installation import scmoe
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
@@ -127,6 +128,14 @@ def test_a_half_row_of_an_earlier_crash_is_left_out(tmp_path):
         rows_of(tmp_path / "metrics.csv") == [{"a": "1.0", "step": "0", "z": "2.0"}]
         and not kept.metrics
     )
+
+
+def test_rows_up_to_a_checkpoint_are_in_the_file_when_it_is_saved(tmp_path):
+    """A run that is killed then and resumed from it does not log them again."""
+    logger = csv_logger(tmp_path, None)
+    logger.log_metrics({"val/loss": 4.0}, 3)
+    logger.after_save_checkpoint(ModelCheckpoint())
+    assert rows_of(tmp_path / "metrics.csv") == [{"step": "3", "val/loss": "4.0"}]
 
 
 def test_metrics_begin_with_step_tokens_and_losses_also_after_a_resumption(tmp_path):

@@ -11,10 +11,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from scmoe import files
 from scmoe.config.as_yaml import changes_to_yaml
 from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config, load_text
 from scmoe.config.registry import FAMILIES
+from scmoe.parallel.checkpoint.durable import machine
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.run import output as run_output
+from scmoe.training.run.directory import write_state
 from scmoe.training.run.output import RunOutput, open_output, print_start, resume_command
 from scmoe.training.run.resume import Resumed
 from scmoe.training.run.train import train
@@ -86,6 +89,18 @@ def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaul
         (run_dir / "config.yaml").read_text(), ""
     )
     assert changes_to_yaml(load_config(None)) == ""
+
+
+def test_a_run_that_another_process_has_resumed_meanwhile_is_refused(tmp_path, monkeypatch):
+    """A resumption prepares its data, which may take hours, before it opens its output."""
+    monkeypatch.setattr(run_output, "read_manifest", lambda checkpoint: {"step": 3})
+    write_state(tmp_path, "running")
+    state = tmp_path / "state.json"
+    state.write_text(state.read_text().replace(machine(), "0123abcd"))
+    resumed = Resumed(tmp_path, tmp_path / "step=3.ckpt", None)
+    with pytest.raises(ConfigError, match="is training"), opened(resumed=resumed):
+        pass
+    assert [*tmp_path.iterdir()] == [state], "nothing of the run is written"
 
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
