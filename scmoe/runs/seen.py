@@ -107,7 +107,12 @@ class SeenRun:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        return read_json(self.path / "summary.json")
+        """The numbers of the summary; {} where there is none, or the run has gone on since."""
+        kept = read_json(self.path / "summary.json")
+        steps = kept.get("steps")
+        if isinstance(steps, int) and steps < self.steps:
+            return {}
+        return kept
 
     @property
     def state(self) -> str:

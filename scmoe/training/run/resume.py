@@ -233,7 +233,7 @@ def refuse_other_model(
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:
-    """Move checkpoints and configurations after this step to set-aside/ of the run.
+    """Move checkpoints, configurations and the summary after this step to set-aside/ of the run.
 
     These steps are done again. Otherwise the next resumption would take one of them as the newest.
     """
@@ -242,6 +242,9 @@ def set_aside_later(run_dir: Path, step: int) -> None:
         for path in run_dir.glob("config-from-*.yaml")
         if int(path.stem.rpartition("-")[2]) > step
     ]
+    summary = run_dir / "summary.json"
+    if read_json(summary).get("steps", 0) > step:
+        later.append(summary)
     for path in checkpoints(run_dir / "checkpoints"):
         with suppress(BrokenCheckpoint):
             if read_manifest(path)["step"] > step:

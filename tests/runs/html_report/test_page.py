@@ -271,3 +271,13 @@ def test_runs_of_one_name_in_two_folders_have_a_row_each(tmp_path):
     overview = run_sections.sections_of_runs(runs, Cleaner([]))[0]
     (table,) = overview.tables
     assert len(table.cells()) == len(overview.links) == 2
+
+
+def test_the_summary_of_a_run_that_has_gone_on_since_is_not_shown_as_its_result(tmp_path):
+    run = reported.write_run(tmp_path)
+    of_30_steps = {"steps": 30, "tokens_per_s": 2048.0, "params_total": 7338240}
+    reported.write_json(run / "summary.json", of_30_steps)
+    assert "parameters" in page(tmp_path, run).texts and SeenRun(run).per_s == 2048.0
+    with (run / "metrics.csv").open("a", encoding="utf-8") as rows:
+        rows.write("39,5.5,,1024\n")
+    assert "parameters" not in page(tmp_path, run).texts and SeenRun(run).per_s == 1024.0

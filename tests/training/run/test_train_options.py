@@ -106,7 +106,8 @@ def test_a_run_goes_on_from_a_chosen_step_as_it_did_before(many):
     assert done.summary["steps"] == 8 and "set aside: " in done.err
     assert column(many, "train/loss") == before
     aside = {path.name.rpartition("-")[0] for path in (many / "set-aside").iterdir()}
-    assert aside == {name for name, step in there.items() if step > chosen} | {"config-from-8.yaml"}
+    later = {name for name, step in there.items() if step > chosen}
+    assert aside == later | {"config-from-8.yaml", "summary.json"}
     assert SeenRun(many).config["trainer.val_every"] == "100", "the newest configuration is shown"
     assert set(checkpoints(many).values()) == {chosen, 8}
     assert f"config-from-{chosen}.yaml" in {path.name for path in many.iterdir()}
