@@ -38,7 +38,8 @@ class RecordRouting(Callback):
             with suppress(OSError):  # each write warns
                 self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("step-*.safetensors"):
-                if int(path.stem.removeprefix("step-")) >= trainer.global_step:
+                step = path.stem.removeprefix("step-")
+                if step.isdecimal() and int(step) >= trainer.global_step:
                     path.unlink()
 
     def on_train_batch_start(

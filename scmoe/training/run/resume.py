@@ -237,11 +237,11 @@ def set_aside_later(run_dir: Path, step: int) -> None:
 
     These steps are done again. Otherwise the next resumption would take one of them as the newest.
     """
-    later = [
-        path
-        for path in run_dir.glob("config-from-*.yaml")
-        if int(path.stem.rpartition("-")[2]) > step
-    ]
+    later = list[Path]()
+    for path in run_dir.glob("config-from-*.yaml"):
+        resumed_from = path.stem.rpartition("-")[2]
+        if resumed_from.isdecimal() and int(resumed_from) > step:  # others are the user's own
+            later.append(path)
     summary = run_dir / "summary.json"
     if read_json(summary).get("steps", 0) > step:
         later.append(summary)

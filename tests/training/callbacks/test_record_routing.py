@@ -35,6 +35,16 @@ def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
     assert "step-00000000.safetensors is not written" in capsys.readouterr().err
 
 
+def test_a_resumed_run_removes_only_what_it_records_again(tmp_path):
+    folder = tmp_path / "routing"
+    folder.mkdir()
+    names = {f"step-{step}.safetensors" for step in ("00000002", "00000004", "mine")}
+    for name in names:
+        (folder / name).touch()
+    RecordRouting(1, tmp_path).on_train_start(SimpleNamespace(global_step=4), None)
+    assert {path.name for path in folder.iterdir()} == names - {"step-00000004.safetensors"}
+
+
 @pytest.mark.parametrize("num_choices, words", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_the_probe_has_what_the_gates_choose(num_choices, words):
     """A second pass computes each gate's choice from its input by hand, and the counts are those of

@@ -20,6 +20,7 @@ from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.run import directory
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, environment, slug_of
 from scmoe.training.run.loggers import csv_logger
+from scmoe.training.run.resume import set_aside_later
 from tests.support.commands import rows_of
 
 LONG = [
@@ -206,3 +207,12 @@ def test_a_run_starts_where_its_experiment_s_folder_is_a_link(tmp_path):
     run_dir = create_run_dir(root, "a", [], "name: a\n")
     assert (root / "latest").resolve() == run_dir.resolve()
     assert (root / "latest/config.yaml").read_text() == "name: a\n"
+
+
+def test_what_is_later_is_set_aside_and_files_of_a_user_stay(tmp_path):
+    mine = {"config-from-2.yaml", "config-from-mine.yaml"}
+    for name in (*mine, "config-from-8.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "summary.json").write_text('{"steps": 8}')
+    set_aside_later(tmp_path, 4)
+    assert {path.name for path in tmp_path.iterdir()} == mine | {"set-aside"}
