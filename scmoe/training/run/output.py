@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger
 from rich.table import Table
 
 from scmoe.config.as_yaml import changes_to_yaml, to_yaml
-from scmoe.config.derived import max_steps, word_for_steps
+from scmoe.config.derived import last_step, max_steps, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.installation import scmoe
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.files import redacted, relative, try_to_write_json
+from scmoe.lightning.seam.saves import Patience
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
 from scmoe.report import console, say
@@ -76,16 +79,23 @@ class RunOutput:
         saved = trainer.checkpoint_callbacks
         log_results(self.loggers, trainer.global_step, samples, load, summary, saved)
 
-    def print_summary(self, summary: Mapping[str, Any], samples: list[str]) -> None:
-        """Print the summary's panel, and the commands that can follow, ready to copy."""
+    def print_summary(self, trainer: Any, summary: Mapping[str, Any], samples: list[str]) -> None:
+        """Print the summary's panel, what has ended the run before its last step, and the commands
+        that can follow, ready to copy."""
         if self.directory is None or self.quiet:
             return
         run = relative(self.directory)
         out = console()
         out.print(summary_panel(summary, samples))
+        steps = summary["steps"]
+        last = last_step(self.config)
+        limit = limit_reached(trainer, self.config) if steps < last else None
+        if limit is not None:
+            ended = f"{limit} has ended the run at step {steps} of {last}"
+            out.print(ended, soft_wrap=True, markup=False)
         commands = {}
         if not self.config.trainer.fast_dev_run:  # such a run cannot go on
-            commands["resume"] = resume_command(self.directory, summary["steps"], self.config)
+            commands["resume"] = resume_command(self.directory, steps, self.config, limit)
         if samples:
             commands["generate"] = scmoe("generate", run, *words(self.config.extensions, {}))
         if sync := sync_command(run):
@@ -201,14 +211,28 @@ def how_to_continue(run_dir: Path, config: Config) -> str:
     return f"to continue: {command}" if saved else "no checkpoint was saved. Start the run again"
 
 
-def resume_command(run_dir: Path, steps: int, config: Config) -> str:
+def limit_reached(trainer: Any, config: Config) -> str | None:
+    """Return the key of the limit that has ended a training before its last step; None: a user's
+    callback has ended it."""
+    seconds_left = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
+    if "max_time" in config.trainer.extra and any(s is not None and s <= 0 for s in seconds_left):
+        return "trainer.extra.max_time"
+    reasons = [c.stopping_reason for c in trainer.callbacks if isinstance(c, Patience)]
+    if any(reason != EarlyStoppingReason.NOT_STOPPED for reason in reasons):
+        return "trainer.early_stopping"
+    return None
+
+
+def resume_command(run_dir: Path, steps: int, config: Config, limit: str | None = None) -> str:
     """Return the command that trains further. A run that ended before its last step keeps its
-    number of steps."""
+    number of steps. limit: what ended it there; it would end it again."""
     trainer = config.trainer
     done = steps >= max_steps(config)
     more = [word_for_steps(config, 2 * steps)] if done else []
     if trainer.limit_train_batches is not None:
         more.append("trainer.limit_train_batches=null")
+    if limit is not None:
+        more.append(f"{limit}=null")
     return scmoe("resume", relative(run_dir), *more, *own_classes(config))
 
 

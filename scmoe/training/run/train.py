@@ -71,7 +71,7 @@ def train(
 
     if not trainer.is_global_zero:
         return None
-    output.print_summary(summary, samples)
+    output.print_summary(trainer, summary, samples)
     return summary
 
 

@@ -71,6 +71,25 @@ def test_early_stopping_ends_all_ranks_after_so_many_validations(tmp_path):
     assert resumed.summary["steps"] == 6, "it goes on where it was stopped"
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (
+            ("trainer.early_stopping=1", "trainer.val_every=1", "optim.lr=1e-30"),
+            "trainer.early_stopping",
+        ),
+        (("trainer.extra.max_time.milliseconds=1",), "trainer.extra.max_time"),
+    ],
+)
+def test_a_run_says_which_limit_has_ended_it_and_how_it_goes_on(words, key, tmp_path):
+    done = train(tmp_path, "trainer.max_steps=6", *words)
+    assert f"{key} has ended the run at step {done.summary['steps']} of 6" in done.err
+    (command,) = [line for line in done.err.splitlines() if line.startswith("resume ")]
+    word = command.split()[-1]
+    assert word == f"{key}=null"
+    assert resume_in_ranks(1, str(done.run_dir), word).summary["steps"] == 6
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
     """Return a run of eight steps that keeps the checkpoints of its three best validations, on two
