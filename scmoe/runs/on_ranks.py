@@ -17,7 +17,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import keys_of, load_kept
 from scmoe.config.registry import named
 from scmoe.files import relative
-from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
+from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint, MissingCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
 from scmoe.runs.trained import check_export
 from scmoe.training.assembly.model import build_module
@@ -99,7 +99,8 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     """Start the ranks and read the weights. Return the module, in evaluation mode, and its Trainer.
 
     Every rank must call it. It builds and reads only its experts. Raises ValueError for a broken
-    file, or another model's.
+    file, or another model's; ConfigError for a checkpoint that a training has replaced since it was
+    found.
     """
     check_resident(config)
     silence_lightning()
@@ -114,6 +115,11 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
         try:
             trainer.validate(module, [], checkpoint, verbose=False, weights_only=True)
         except BrokenCheckpoint as error:
+            if isinstance(error, MissingCheckpoint) or not weights.exists():
+                raise ConfigError(
+                    f"{relative(weights.parents[1])} still trains, and has replaced the checkpoint"
+                    " that was found. Give the command again."
+                ) from error
             error.add_note(
                 f"Move {relative(weights)} out of its folder. The checkpoint before it is then"
                 " used."

@@ -168,9 +168,10 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     read_results(run_dir)  # so that a damaged file is refused before other ranks start
     overrides_of_run = [*named(request.overrides, "logger"), *named(request.overrides)]
     of_run = checkpoint_config(checkpoint, overrides_of_run)
+    manifest = read_manifest(checkpoint)  # a run that still trains may remove it
     material = None
     if is_rank_zero():
-        halves = ran_two_batches(run_dir, of_run, read_manifest(checkpoint)["step"])
+        halves = ran_two_batches(run_dir, of_run, manifest["step"])
         material = read_material(with_batch_of_a_rank(config, of_run, halves), checkpoint, request)
 
     module, trainer = start_ranks(config, checkpoint)
@@ -194,7 +195,6 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     if results is None:
         return None
 
-    manifest = read_manifest(checkpoint)
     results["step"] = manifest["step"]
     files = json.dumps(manifest["files"], sort_keys=True)
     digest = sha256(files.encode()).hexdigest()[:16]

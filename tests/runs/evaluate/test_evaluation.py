@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -158,6 +159,24 @@ def test_a_wrong_request_is_one_line(runs, words, says, monkeypatch):
     done = called("evaluate", str(runs["scmoe"]), *words)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
     assert says in done.err
+
+
+@pytest.mark.parametrize(("after", "code"), [("read_material", 2), ("measure", 0)])
+def test_a_checkpoint_may_be_replaced_meanwhile(runs, tmp_path, monkeypatch, after, code):
+    """The run still trains. Before the checkpoint is read, that is one line; afterwards it changes
+    nothing."""
+    run_dir = Path(shutil.copytree(runs["dgmoe"], tmp_path / "run"))
+    whole = getattr(evaluation, after)
+
+    def replaced(*arguments: Any) -> Any:
+        result = whole(*arguments)
+        shutil.rmtree(run_dir / "checkpoints/step=3.ckpt")
+        return result
+
+    monkeypatch.setattr(evaluation, after, replaced)
+    done = called("evaluate", str(run_dir), "logger.mode=disabled")
+    assert done.code == code
+    assert (f"error: {run_dir} still trains, and has replaced" in done.err) == (code == 2)
 
 
 @pytest.mark.faults  # a W&B server; a run's own id: tests/training/run/test_loggers.py
