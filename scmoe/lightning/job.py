@@ -62,10 +62,17 @@ def prepare_backends(num_nodes: int, at_teardown: ExitStack) -> None:
 
 @contextmanager
 def meeting(limit: timedelta) -> Iterator[None]:
-    """Raise TimeoutError if the ranks do not find each other inside."""
+    """Raise TimeoutError if the ranks do not find each other inside, and OSError if another process
+    uses MASTER_PORT."""
     try:
         yield
     except (DistNetworkError, DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            said = str(error).partition("\n")[0]
+            raise OSError(
+                "another process uses MASTER_PORT; set it to a free port, the same on all ranks"
+                f" ({said})"
+            ) from error
         raise TimeoutError(
             f"the ranks did not find each other within {limit.total_seconds():g}"
             " s; start all of them, and check that each can reach MASTER_ADDR; a larger"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from experiments.engine.ranks import run_ranks
 from scmoe.datamodules import sequences
-from scmoe.lightning.job import Poll, check_even
+from scmoe.lightning.job import Poll, check_even, meeting
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.data import build_datamodule
@@ -40,6 +42,18 @@ def test_all_ranks_get_the_yes_of_one_rank():
     for answers in run_ranks(ask, 3):
         assert [first for first, _ in answers] == [False, False, True, False, False]
         assert not any(second for _, second in answers)
+
+
+def test_a_port_that_another_process_uses_is_named():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(OSError, match=f"another process uses MASTER_PORT.*{port}"),
+            meeting(timedelta(seconds=5)),
+        ):
+            dist.TCPStore("localhost", port, is_master=True)
 
 
 # ---------------------------------------------------------------------- uneven batches
