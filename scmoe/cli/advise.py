@@ -344,8 +344,7 @@ def in_words(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def advise_each(config: str, words: Sequence[str], listed: str) -> None:
-    """Print a line and the JSON of each value of a list, and draw the verdicts. listed: the word
-    that has the list."""
+    """Print a line and the JSON of each value of the list in the word `listed`, and draw them."""
     from scmoe.config.installation import require
     from scmoe.report import Report, say
 
@@ -358,14 +357,15 @@ def advise_each(config: str, words: Sequence[str], listed: str) -> None:
     facts = {value: asked.answer() for value, asked in each.items()}
     lines = {value: line_of(answer) for value, answer in facts.items()}
     columns = {"EP": "{ep}", "waits": "{waits:.0%}", "ms": "{step_ms:.4g}"}
-    for name, words_of_step in ADDED.items():
-        columns[words_of_step] = f"{{{name}}}"
-    Report(
-        f"{config}, by {key}: the standard model, and what each step brings", lines, columns, key
-    ).show()
-    draw(facts, key, f"{Path(config).stem}: what each step brings\nPrediction; whiskers: 90 %")
-    say(f"picture: {PICTURE}")
+    columns |= {words_of_step: f"{{{name}}}" for name, words_of_step in ADDED.items()}
+    title = f"{config}, by {key}: the standard model, and what each step brings"
+    Report(title, lines, columns, key).show()
     print_result({"key": key, "rows": lines, "values": facts})  # rows: what `scmoe report` shows
+    try:
+        draw(facts, key, f"{Path(config).stem}: what each step brings\nPrediction; whiskers: 90 %")
+        say(f"picture: {PICTURE}")
+    except OSError as error:
+        say(f"warning: {PICTURE} is not written: {error.strerror or error}")
 
 
 def line_of(facts: Mapping[str, Any]) -> dict[str, Any]:

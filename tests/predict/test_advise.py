@@ -324,6 +324,17 @@ def test_a_list_of_values_has_the_advice_of_each_and_a_picture(monkeypatch, tmp_
     assert call(*words, "samples=1,4", "ranks=4,8") == 2, "one key alone"
 
 
+def test_a_picture_that_cannot_be_written_costs_no_advice(monkeypatch, tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()  # a file where the folder would be
+    words = ("cluster=8xH100", "model.layers=2", "ep=8", "data.global_batch_size=32")
+    assert call("advise", "quickstart", *words, "samples=1,1") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out.splitlines()[-1])["values"].keys() == {"1"}
+    assert "runs/advise.png is not written" in err and "picture: " not in err
+
+
 def test_a_job_of_which_nothing_fits_is_told_what_needs_less(capfd):
     words = ("cluster=8xA30-PCIe", "model.layers=2", "samples=1", "cluster.memory_gb=0.01")
     assert call("advise", "quickstart", *words, "ep=8") == 0
