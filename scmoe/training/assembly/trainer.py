@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from scmoe.config.derived import last_step, resolve_ep_size
+from scmoe.config.derived import last_step, resolve_ep_size, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import possible_batches
 from scmoe.config.leaves import ConfigError, show
@@ -119,7 +119,8 @@ def adaptive_schedule(
     chunks = (1, 2, 4) if schedule.chunks is None else (schedule.chunks,)
     plan = run_dir / "plan.json" if run_dir else None
     conditions = timing_conditions(config)
-    return AdaptiveSchedule(schedule.auto, chunks, plan, conditions, batches)
+    length_key = word_for_steps(config, 1).partition("=")[0]
+    return AdaptiveSchedule(schedule.auto, chunks, plan, conditions, batches, length_key)
 
 
 def timing_conditions(config: Config) -> dict[str, Any]:

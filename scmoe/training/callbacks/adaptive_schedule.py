@@ -44,7 +44,7 @@ class AdaptiveSchedule(Callback):
     the same settings takes it from there instead of measuring again. settings: those under which a
     plan is valid, beside the planner's own. in_flight: the numbers of batches in flight to choose
     from; for a network that cannot have two it is one. Without auto the network keeps its own
-    number, and nothing is measured while it is two.
+    number, and nothing is measured while it is two. length_key: what sets the number of steps.
     """
 
     def __init__(
@@ -54,12 +54,14 @@ class AdaptiveSchedule(Callback):
         plan: Path | None = None,
         settings: dict[str, Any] | None = None,
         in_flight: tuple[int, ...] = (1,),
+        length_key: str = "trainer.max_steps",
     ) -> None:
         self.auto = auto
         self.chunks = chunks
         self.plan = plan
         self.settings = settings or {}
         self.in_flight = in_flight
+        self.length_key = length_key
         self.conditions: dict[str, Any] = {}  # under which a plan is valid
         self.earlier: Plan = NO_PLAN  # what this run has kept last, on rank 0
         self.planner: Planner | None = None
@@ -98,7 +100,7 @@ class AdaptiveSchedule(Callback):
             rank_zero_warn(
                 f"schedule: auto may need {self.planner.steps_to_choose} batches to choose and"
                 f" {batches} are left, so this run may end without a choice. Raise"
-                " trainer.max_steps, or give schedule.slot and schedule.chunks in place of"
+                f" {self.length_key}, or give schedule.slot and schedule.chunks in place of"
                 " schedule=auto"
             )
 

@@ -124,11 +124,19 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
     )
 
 
-def test_a_run_too_short_to_plan_says_so_in_one_line(tmp_path):
-    done = plan(tmp_path, "trainer.max_steps=2")
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("trainer.max_steps=2",), "trainer.max_steps"),
+        (("trainer.max_steps=null", "trainer.max_tokens=128"), "trainer.max_tokens"),
+    ],
+)
+def test_a_run_too_short_to_plan_says_so_in_one_line(words, key, tmp_path):
+    done = plan(tmp_path, *words)
     (line,) = [line for line in done.err.splitlines() if "schedule: auto" in line]
     assert (
         done.code == 0
         and "may need 60 batches to choose and 2 are left" in line
+        and f"Raise {key}, or" in line
         and "plan: MoE" not in done.err
     )
