@@ -147,8 +147,10 @@ class SeenRun:
 
     @property
     def counts(self) -> str:
-        """The unit of the run's data: tokens or images."""
-        return "images" if self.config["data.name"] in IMAGES else "tokens"
+        """The unit of the run's data: tokens or images. What extensions register is not known
+        here, so the rows tell it of their data."""
+        logs_images = any("train/images" in row for row in self.metrics)
+        return "images" if logs_images or self.config["data.name"] in IMAGES else "tokens"
 
     @property
     def per_s(self) -> float | None:

@@ -200,6 +200,18 @@ def test_a_run_on_images_counts_images(folder):
     assert (run.counts, run.per_s) == ("images", 300.0)
 
 
+def test_a_run_on_images_of_an_extension_counts_images(folder):
+    run_dir = make_run(folder, "vision/20261101-120004-v")
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("name: synthetic", "name: my_pictures"))
+    head, *rows = METRICS.replace("tokens_per_s", "images_per_s").splitlines()
+    with_amounts = [f"{head},train/images", *(f"{row},8" for row in rows)]
+    (run_dir / "metrics.csv").write_text("\n".join(with_amounts) + "\n")
+    run = runs.open_run(str(run_dir))
+    assert run.curve("val/loss") == [(8.0, 4.5), (16.0, 4.25)]
+    assert (run.counts, run.per_s) == ("images", 300.0)
+
+
 def test_a_run_shows_itself_in_a_line_and_in_a_notebook(folder):
     run = runs.open_run("latest", folder)
     for shown in (repr(run), run._repr_html_()):
