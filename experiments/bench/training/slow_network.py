@@ -46,6 +46,7 @@ from scmoe.config.fields import Config
 from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
+from scmoe.config.registry import FAMILIES
 from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_suffix
 from scmoe.planning.clock import in_turn, median, quartiles
 from scmoe.predict.costs import estimate
@@ -174,6 +175,11 @@ def name_of_report(setting: TrainingSetting, overrides: Sequence[str]) -> str:
 
 def refuse_unequal(config: Config) -> None:
     """Raise ConfigError for a configuration whose trainings cannot be compared."""
+    if (family := config.model.family) in FAMILIES.images:
+        of_texts = (name for name in FAMILIES.names() if name not in FAMILIES.images)
+        raise ConfigError(
+            f"model.family is {family}, allowed: {' | '.join(of_texts)}, as speeds are in tokens"
+        )
     if config.trainer.limit_val_batches == 0:
         raise ConfigError(
             "trainer.limit_val_batches is 0, allowed: 1 or more, as losses are compared"

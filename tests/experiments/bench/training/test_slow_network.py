@@ -48,10 +48,18 @@ def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_
     assert given[0][:2] == (TrainingSetting(ranks=3), ("moe.num_experts=6",))
 
 
-def test_bench_train_refuses_to_stop_early(tmp_path):
-    with pytest.raises(ConfigError, match="early_stopping"):
-        setting = TrainingSetting("debug", rounds=2, rows=("top2",))
-        slow_network.bench_train(setting, ["trainer.early_stopping=1"], tmp_path)
+@pytest.mark.parametrize(
+    ("config", "words", "says"),
+    [
+        ("debug", ("trainer.early_stopping=1",), "early_stopping"),
+        ("quickstart_vision", (), r"model.family is swin, allowed: gpt \| llama, as speeds are in"),
+    ],
+)
+def test_bench_train_refuses_what_it_cannot_compare(config, words, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(slow_network, "measure", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(ConfigError, match=says):
+        setting = TrainingSetting(config, rounds=2, rows=("top2", "scmoe_pos2"))
+        slow_network.bench_train(setting, words, tmp_path)
 
 
 def test_reports_of_other_trainings_have_other_names():
