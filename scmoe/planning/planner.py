@@ -131,12 +131,11 @@ class Planner:
     @property
     def steps_to_choose(self) -> int:
         """The most micro-batches that pass before the choice is made."""
-        before_trials = WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts)
         has_window = any(schedule.window for schedule in self.configured.blocks)
         numbers = max(len(self.chunk_counts), len(self.numbers_in_flight))
-        if self.fixed or (numbers == 1 and not has_window):
-            return before_trials
-        return before_trials + self.most_tries * self.batches
+        has_trials = not self.fixed and (numbers > 1 or has_window)
+        tries = self.most_tries if has_trials else 0
+        return most_steps(len(self.chunk_counts), tries * self.batches)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -288,6 +287,12 @@ class Planner:
             hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each
         ]
         self.overlap = Overlap(seconds, shares, efficiency)
+
+
+def most_steps(numbers_of_chunks: int, tries: int) -> int:
+    """Return the most steps of a planner that pass before the choice is made. numbers_of_chunks:
+    how many of them there are to choose from. tries: steps that try a candidate."""
+    return WARMUP_STEPS + STEPS_EACH * numbers_of_chunks + tries
 
 
 def sum_of_layers(seconds_LD: Sequence[Sequence[float]]) -> list[float]:

@@ -21,6 +21,7 @@ With a load (scmoe/loads.py) routers deal tokens by it in place of their own cho
 each architecture also trains on the links with balanced routing. Losses mean nothing then.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +42,7 @@ from experiments.bench.training.taking_turns import Training
 from experiments.bench.two_batches import over_best_top2
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import chart, heading
-from scmoe.config.derived import max_steps, samples_of_rank
+from scmoe.config.derived import max_steps, samples_of_rank, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.installation import require
 from scmoe.config.leaves import ConfigError
@@ -49,9 +50,11 @@ from scmoe.config.load import load_config
 from scmoe.config.registry import FAMILIES
 from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_suffix
 from scmoe.planning.clock import in_turn, median, quartiles
+from scmoe.planning.planner import MOST_TRIES, most_steps
 from scmoe.predict.costs import estimate
 from scmoe.predict.row_names import batches_of, name_of, way_of_row
 from scmoe.report import Report, publish, say
+from scmoe.training.assembly.trainer import adaptive_schedule
 from scmoe.training.run.directory import slug_of
 
 CHOSEN = ("schedule.auto=true", "schedule.batches_in_flight=1")  # slot and chunks
@@ -132,6 +135,8 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
             row: imbalance_of_config(setting.load, each, pair) for row, each in configs.items()
         }
     ends = ends_of_turns(max_steps(first), setting.rounds)
+    for config in configs.values():
+        refuse_trials(config, ends[0])
     measured = measure(setting, words, pair, ends)
     rows = {}
     for row, config in configs.items():
@@ -199,6 +204,20 @@ def ends_of_turns(steps: int, rounds: int) -> range:
             f"--rounds is {rounds}, allowed: 2 to {steps // 2}, half of trainer.max_steps"
         )
     return range(steps - rounds * turn, steps + 1, turn)
+
+
+def refuse_trials(config: Config, untimed: int) -> None:
+    """Raise ConfigError if timed steps may be trials of the planner. untimed: steps before them."""
+    if not config.schedule.auto:
+        return
+    batches = config.trainer.accumulate  # a step of the planner is one of them
+    chunks = adaptive_schedule(config, None, (1,)).chunks
+    needed = math.ceil(most_steps(len(chunks), MOST_TRIES * batches) / batches)
+    if untimed < needed:
+        raise ConfigError(
+            f"schedule.auto may need {needed} steps to choose, and {untimed} come before the timed"
+            f" ones. Give {word_for_steps(config, 2 * needed)} or more"
+        )
 
 
 class MeasuredTrainings(NamedTuple):

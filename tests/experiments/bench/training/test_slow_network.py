@@ -19,9 +19,9 @@ def test_bench_train(tmp_path):
     """Both rows train the debug configuration on the links and without a rate. How long two batches
     in flight wait for rows alone is not known."""
     words = (
-        "trainer.max_steps=60",
+        "trainer.max_steps=120",
         "trainer.log_every=2",
-        "trainer.val_every=30",
+        "trainer.val_every=60",
         "data.name=synthetic",
     )
     rows = ("--rows", "top2_two", "--rows", "scmoe_pos2", "--rounds", "2", "--out", str(tmp_path))
@@ -53,6 +53,18 @@ def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_
     [
         ("debug", ("trainer.early_stopping=1",), "early_stopping"),
         ("quickstart_vision", (), r"model.family is swin, allowed: gpt \| llama, as speeds are in"),
+        (
+            "debug",
+            ("trainer.max_steps=117",),
+            "may need 60 steps to choose, and 59 come before the timed ones. Give trainer.max_steps"
+            "=120",
+        ),
+        (
+            "debug",
+            ("trainer.max_steps=100", "trainer.accumulate=2"),
+            "may need 54 steps to choose, and 50 come before the timed ones. Give trainer.max_steps"
+            "=108",
+        ),
     ],
 )
 def test_bench_train_refuses_what_it_cannot_compare(config, words, says, tmp_path, monkeypatch):
