@@ -107,7 +107,8 @@ class TrainingSetting:
 
     Args:
         share: communication share of a sequential top-2 pair of the config's sizes, forward
-        rounds: turns of each training in the second half of its steps
+        rounds: turns of each training in the second half of its steps; exposed rows are measured
+            in those with a logged step
         rows: the first is what the others are compared with (default: all with one batch in flight)
         load: uneven routing (its forms: bench overlap --help) in place of the routers' choices,
             beside balanced routing

@@ -11,7 +11,8 @@ default slot in one chunk. Validation and checkpoints are not timed either.
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step, forward and backward, take longer than
-                        without a rate; not measured with two batches in flight
+                        without a rate; not measured with two batches in flight, and in turns
+                        without a logged step
     exposed gradients   what else a step takes longer than without a rate: sums that backward does
                         not hide
     peak                memory of a step of rank 0 beyond what is allocated before it: activations
@@ -343,10 +344,15 @@ def trained_row(config: Config, measured: MeasuredTrainings, row: str, first: st
         val_loss=curve[-1][1],
         val_losses=[[seen / tokens * step_s, loss] for seen, loss in curve],
     )
-    if np.isnan(rows).any():  # with two batches in flight windows overlap each other
+    is_known = ~np.isnan(rows)  # with two batches in flight windows overlap each other
+    if not is_known.any():
         return figures
-    gradients = median(step - step_without - rows)
-    return replace(figures, exposed_rows_s=median(rows), exposed_gradients_s=gradients)
+    gradients = step - step_without - rows
+    return replace(
+        figures,
+        exposed_rows_s=median(rows[is_known]),
+        exposed_gradients_s=median(gradients[is_known]),
+    )
 
 
 def searched(rank: int, world_size: int, pair: Setting, start: float | None = None) -> float:

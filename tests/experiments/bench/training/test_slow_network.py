@@ -1,11 +1,13 @@
 """The bench of trainings on a slow network runs, and refuses what it cannot measure."""
 
+import numpy as np
 import pytest
 
 from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.training import slow_network
 from experiments.engine import links
 from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load_config
 from tests.support.commands import called, run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.smoke]
@@ -72,6 +74,23 @@ def test_bench_train_refuses_what_it_cannot_compare(config, words, says, tmp_pat
     with pytest.raises(ConfigError, match=says):
         setting = TrainingSetting(config, rounds=2, rows=("top2", "scmoe_pos2"))
         slow_network.bench_train(setting, words, tmp_path)
+
+
+def test_a_turn_without_a_logged_step_leaves_the_exposed_rows_of_the_others():
+    """The windows take 0.4 s longer on the links in the two turns where they are measured."""
+    steps, windows = np.array([[2.0, 2.0, 3.0], [1.0, np.nan, 1.0]])
+    row, first = "scmoe_pos2", ("scmoe_pos2", slow_network.LINKS)
+    times = {
+        first: np.stack([steps, windows]),
+        (row, slow_network.WITHOUT_RATE): np.stack([steps - 1, windows - 0.4]),
+    }
+    results = {first: {"curve": [(64, 5.0)], "peak_mb": 1.0}}
+    measured = slow_network.MeasuredTrainings(100.0, times, results)
+    config = load_config("debug", ["trainer.devices=2", "strategy.ep_size=2"])
+    found = slow_network.trained_row(config, measured, row, row)
+    assert found.exposed_s == pytest.approx(1.0)
+    assert found.exposed_rows_s == pytest.approx(0.4)
+    assert found.exposed_gradients_s == pytest.approx(0.6)
 
 
 def test_reports_of_other_trainings_have_other_names():
