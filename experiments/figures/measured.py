@@ -212,7 +212,7 @@ def draw_speeds(reports: Reports, path: Path) -> None:
 
 def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
     """Return what is above a scenario's panels: its shares, and ScMoE's speed over that of other
-    rows."""
+    rows that were measured."""
     fastest = report["fastest_scmoe"]
     hidden = 100 * rows_of(report)[fastest["row"]].overlap_forward
     lines = [
@@ -220,6 +220,8 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
         f"{hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)",
     ]
     for row in scenario.over or ("shared_expert",):
+        if row not in fastest["over"]["forward"]:
+            continue
         values = ", ".join(f"{fastest['over'][kind][row][1]:.2f}" for kind in KIND_WORDS)
         name = (
             f"pipelined {name_of(row).removeprefix('Standard ')}"

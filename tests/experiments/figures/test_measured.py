@@ -181,6 +181,14 @@ def test_reports_become_a_figure_beside_them(number, reports, drawn, capsys):
     assert_readable(drawn[0])
 
 
+def test_figure_8_compares_the_rows_that_a_report_has(tmp_path, drawn, capsys):
+    path = write_report(tmp_path, 0.52)
+    path.write_text(json.dumps(report_of(0.52, ("top2", "shared_expert", "scmoe_pos2"))))
+    files(capsys, "8", str(path))
+    words = drawn[0].axes[0].get_title().splitlines()
+    assert len(words) == 3 and words[-1].endswith("(paper: 1.27)")
+
+
 @pytest.mark.parametrize(
     ("number", "modules"),
     [
