@@ -48,16 +48,23 @@ PAPERS = {  # by the share of communication that emulates the machine
 }
 
 
-def printed_speedups(report: dict[str, Any]) -> Printed | None:
-    """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they
-    are of pairs, and of several sequences a rank."""
-    setting = report.get("setting", {})
-    sequence = setting.get("seq_len")
+def printed_speedups(report: Mapping[str, Any]) -> Printed | None:
+    """Return the paper's speed-ups on the machine that a report of `bench overlap` or of prefill
+    emulates: they are of pairs, and of several sequences a rank."""
     is_usual = report.get("every", 2) == 2 and report.get("top_k", 1) == 1
-    is_one_sequence = sequence is not None and sequence == report.get("tokens")
-    if setting.get("links") == "loopback" or is_one_sequence or not is_usual:
+    is_loopback = report.get("setting", {}).get("links") == "loopback"
+    if is_loopback or has_one_sequence(report) or not is_usual:
         return None  # no rate was searched for the share, or the paper has no such blocks
     return PAPERS.get(report["wanted_share"])
+
+
+def has_one_sequence(report: Mapping[str, Any]) -> bool:
+    """Return whether a rank has one sequence in a batch, or one prompt in prefill. The first
+    reports do not state their sequences: they had several."""
+    if "prompt" in report:
+        return report.get("texts", 1) == 1
+    setting = report.get("setting", {})
+    return "seq_len" in setting and setting["seq_len"] == setting["tokens"]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -31,7 +31,7 @@ from experiments.bench.overlap.uneven import LoadPoint, busiest_over_mean, draw_
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import to_json
 from experiments.bench.setting import NUM_EXPERTS
-from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed
+from experiments.bench.speed_chart import OVER_TOP2, Printed, printed_speedups
 from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, bars_height, grouped_bars
@@ -316,7 +316,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     as draw_loads."""
     if "loads" in report:
         return draw_loads(report, path)
-    paper = PAPERS.get(report["wanted_share"])
+    paper = printed_speedups(report)
     panels = {shape: bars(report, shape, paper if shape == "prefill" else None) for shape in SHAPES}
     in_halves = any(batches_of(row) == 2 for row in report["rows"])
     lines = 2 + (paper is not None) + in_halves

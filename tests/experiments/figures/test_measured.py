@@ -329,6 +329,17 @@ def test_a_report_of_the_loopback_device_has_no_values_of_the_paper():
     assert speed_chart.printed_speedups(report) is None
 
 
+def test_one_sequence_a_rank_has_no_values_of_the_paper():
+    """Those of the paper are of many sequences a rank: in a pair, in an iteration, in prefill."""
+    for level in ("block", "iteration"):
+        assert "paper" in report_of(0.52, level=level, tokens=512, seq_len=256)
+        assert "paper" not in report_of(0.52, level=level, tokens=512, seq_len=512)
+    prefill = {"wanted_share": 0.52, "prompt": 512}
+    assert speed_chart.printed_speedups(prefill | {"texts": 4}) == speed_chart.PAPERS[0.52]
+    for report in (prefill, prefill | {"texts": 1}):
+        assert speed_chart.printed_speedups(report) is None
+
+
 def test_rows_of_more_routed_experts_have_no_limit_of_top2():
     """scmoe_pos2 is scmoe2 then."""
     report = report_of(0.52, ("top2", "shared_expert", "scmoe_pos2"), top_k=2)
