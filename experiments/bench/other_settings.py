@@ -161,6 +161,12 @@ class LayerSetting:
     capacity: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1e6))] | None = None
 
     def __post_init__(self) -> None:
+        for option, width in (("--dim", self.dim), ("--ffn-dim", self.ffn_dim)):
+            if width % 8:
+                raise ConfigError(
+                    f"{option} is {width}, allowed: multiples of 8, as products of experts need"
+                    " rows aligned to 16 bytes"
+                )
         if self.top_k > self.experts:
             raise ConfigError(
                 f"--top-k is {self.top_k}, allowed: at most --experts ({self.experts})"

@@ -63,6 +63,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
             "--load is ragged:1.5, but all prompts have the same length.",
         ),
         ("layer --experts 1", "--top-k is 2, allowed: at most --experts (1)"),
+        ("layer --dim 12", "--dim is 12, allowed: multiples of 8"),
+        ("layer --ffn-dim 100", "--ffn-dim is 100, allowed: multiples of 8"),
         ("inference --tokens 1", "--tokens"),
         ("inference --tokens 8 --load zipf:1", "--tokens and --load exclude each other"),
     ],
