@@ -27,7 +27,7 @@ from experiments.bench.inference.prefill_decode import (
 )
 from experiments.bench.other_settings import InferenceSetting
 from experiments.bench.overlap.row_figures import over_fastest
-from experiments.bench.overlap.uneven import LoadPoint, busiest_over_mean, draw_lines
+from experiments.bench.overlap.uneven import LoadPoint, draw_lines
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import to_json
 from experiments.bench.setting import NUM_EXPERTS
@@ -236,7 +236,7 @@ def imbalance_of(setting: InferenceSetting, load: str, row: str, shape: Shape) -
 def draw_loads(report: dict[str, Any], path: Path) -> None:
     """Draw the time of an overlapped prefill over the balanced one."""
     lines: dict[str, list[LoadPoint]] = {row: [] for row in report["rows"]}
-    for one_load in sorted(report["loads"], key=busiest_over_mean):
+    for one_load in report["loads"]:
         for row, prefill in passes_of(one_load, "prefill").items():
             uneven = prefill.at_load
             assert uneven is not None

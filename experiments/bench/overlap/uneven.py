@@ -70,9 +70,12 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "auto / best": "{auto_over_best:.3f}",
     }
     of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
+    of_ragged = {"most tokens of a rank": "{max_over_mean_tokens:.2f}"}
     reports = []
     for each in report["loads"]:
         shown = columns if each["layout"] == "dropless" else columns | of_layout
+        if each["load"]["max_over_mean_tokens"] > 1:
+            shown = of_ragged | shown
         reports.append(Report(load_conditions(each), cells_with_gain(each), shown))
     return reports
 
@@ -107,9 +110,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 class LoadPoint(NamedTuple):
-    """A row at one load. over_balanced: its time over the balanced one, with quartiles."""
+    """A row at one load. busiest: the load of the busiest rank over the mean. over_balanced: the
+    row's time over the balanced one, with quartiles."""
 
-    max_over_mean_ranks: float
+    busiest: float
     over_balanced: float
     quartiles: list[float]
 
@@ -117,22 +121,18 @@ class LoadPoint(NamedTuple):
 def lines_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[LoadPoint]]:
     """Return a point of each row for each load."""
     lines: dict[str, list[LoadPoint]] = {}
-    for report in sorted(reports, key=busiest_over_mean):
+    for report in reports:
         for name, row in rows_of(report).items():
             assert row.at_load is not None
             figures = row.at_load
             point = LoadPoint(
-                figures.max_over_mean_ranks,
+                # a ragged load gives ranks unequal tokens, and experts equal rows
+                max(figures.max_over_mean_ranks, figures.max_over_mean_tokens),
                 figures.over_balanced_train,
                 figures.over_balanced_quartiles,
             )
             lines.setdefault(name, []).append(point)
     return lines
-
-
-def busiest_over_mean(report: Mapping[str, Any]) -> float:
-    """Return the load of the busiest rank over the mean."""
-    return report["load"]["max_over_mean_ranks"]
 
 
 def draw_lines(
@@ -149,15 +149,16 @@ def draw_lines(
     colors = line_colors(lines)
     with chart(path, 3.9 + 0.12 * len(lines)) as figure:
         axis = figure.subplots()
-        for i, (row, points) in enumerate(lines.items()):
+        for i, row in enumerate(lines):
+            points = sorted(lines[row])
             style = LINE_STYLES[batches_of(row), row.endswith(PIPELINED)]
             label = names[row] + way_of_row(row)
-            loads = [point.max_over_mean_ranks + APART * i for point in points]
+            loads = [point.busiest + APART * i for point in points]
             ratios = [point.over_balanced for point in points]
             axis.plot([1.0, *loads], [1.0, *ratios], style, color=colors[row], label=label)
             whiskers = zip(*(point.quartiles for point in points), strict=True)
             axis.vlines(loads, *whiskers, color=colors[row])
-        axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
+        axis.set(xlabel="load of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
         has_long_names = any(batches_of(row) == 2 for row in lines)
         figure.legend(loc="outside lower left", ncols=1 if has_long_names else 2)

@@ -7,18 +7,19 @@ and tries each schedule once.
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from experiments.bench.overlap import rounds, speedups, timeline
+from experiments.bench.overlap import rounds, speedups, timeline, uneven
 from experiments.bench.overlap.refusals import refuse_impossible
 from experiments.bench.pairs import default_schedule
 from experiments.bench.rank_bench import VariantTimes
-from experiments.bench.row import from_json
+from experiments.bench.row import LoadFigures, Row, from_json, to_json
 from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant
 from experiments.engine import links
@@ -272,3 +273,12 @@ def test_processor_time_of_transfers_is_stated_on_cpus_alone(device, monkeypatch
     report = speedups.summary(rounds.Measurement(setting, 1.0, {}, times, {}, 1))
     assert report["comm_share"] == 0.5
     assert ("transfer_cpu_ms_forward" in report) is (device == "cpu")
+
+
+def test_a_ragged_load_is_drawn_at_the_tokens_of_its_busiest_rank():
+    """Its experts have equal rows, so by these it would stand at 1."""
+    found = uneven.imbalance_of_block(Setting(), "ragged:1.5", "top2")
+    required = {each.name: 1.0 for each in fields(Row) if each.default is NO_DEFAULT}
+    row = Row(**required, at_load=LoadFigures(1.2, 1.3, [1.2, 1.4], 0.1, 0.1, **found))
+    ((point,),) = uneven.lines_of([{"rows": {"top2": to_json(row)}, "load": found}]).values()
+    assert (point[0], point.over_balanced) == (1.5, 1.3)
