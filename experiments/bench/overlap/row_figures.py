@@ -17,7 +17,13 @@ from experiments.bench.overlap.limits import (
     least_times,
     rows_over_gradients,
 )
-from experiments.bench.overlap.rounds import Measurement, PlannedRow, block_seconds
+from experiments.bench.overlap.rounds import (
+    Measurement,
+    PlannedRow,
+    best_times,
+    block_seconds,
+    fastest,
+)
 from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.row import KINDS, Kind, Row
 from experiments.bench.stacks import Variant, between_and_inside
@@ -36,7 +42,7 @@ def measured_row(measured: Measurement, name: str) -> Row:
     setting = measured.setting
     row, block = measured.rows[name], setting.block_of(name)
     schedule, chosen = row.best.schedule, row.chosen.schedule
-    best = measured.times[row.best]
+    best = best_times(row.finalists, measured.times)
     top2 = block_seconds(measured, "top2", "sequential")
     sequential = block_seconds(measured, block, "sequential")
     free = block_seconds(measured, block, "free")
@@ -94,7 +100,7 @@ def inside_gain(row: PlannedRow, times: Mapping[Variant, VariantTimes]) -> dict[
     kinds = between_and_inside(row.finalists)
     if len(kinds) < 2:
         return None
-    between, inside = (min(kind, key=lambda v: median(times[v].train)) for kind in kinds)
+    between, inside = (fastest(kind, times) for kind in kinds)
     return {
         "forward": all_quartiles(times[between].forward / times[inside].forward),
         "train": all_quartiles(times[between].train / times[inside].train),
@@ -112,7 +118,7 @@ def all_quartiles(values: Any) -> list[float]:
 def over_best(measured: Measurement, row: str) -> dict[str, Any]:
     """Return both comparisons of a row: for forward and train the ratio, its median over rounds,
     with its quartiles, and the name of the best. A row has one schedule, the best in training."""
-    seconds = measured.times[measured.rows[row].best]
+    seconds = best_times(measured.rows[row].finalists, measured.times)
     comparisons = {}
     for name, blocks in OVER_BEST.items():
         rivals = rivals_of(measured, blocks)
@@ -126,7 +132,7 @@ def rivals_of(measured: Measurement, blocks: tuple[str, ...]) -> dict[str, Varia
     rivals = {"top2, sequential": block_seconds(measured, "top2", "sequential")}
     for name, row in measured.rows.items():
         if measured.setting.block_of(name) in blocks:
-            rivals[name] = measured.times[row.best]
+            rivals[name] = best_times(row.finalists, measured.times)
     return rivals
 
 
@@ -168,16 +174,6 @@ def auto_of_both(measured: Measurement, name: str) -> dict[str, Any] | None:
 def over_best_finalist(
     choice: Variant, finalists: Sequence[Variant], times: Mapping[Variant, VariantTimes]
 ) -> float:
-    """Return the training time of a planner's choice over that of the best schedule.
-
-    Half of the rounds choose the best schedule and the other half compare; then the halves change
-    roles, and the result is the mean of the two medians. The schedule that some rounds choose as
-    the best was also lucky in them, so other rounds compare. There the planner's choice may be the
-    faster one, and the ratio is below 1. With one round, that round both chooses and compares."""
-    chosen = times[choice].train
-    halves = [slice(start, None, 2) for start in range(min(2, len(chosen)))]
-    medians = []
-    for choose, compare in zip(halves, reversed(halves), strict=True):
-        best = min((times[v].train for v in finalists), key=lambda train: median(train[choose]))
-        medians.append(median(chosen[compare] / best[compare]))
-    return sum(medians) / len(medians)
+    """Return the training time of a planner's choice over that of the best schedule. It may be
+    below 1, as other rounds choose the best schedule (rounds.best_times)."""
+    return median(times[choice].train / best_times(finalists, times).train)

@@ -19,7 +19,13 @@ from experiments.bench.overlap.limits import (
     rows_over_gradients,
 )
 from experiments.bench.overlap.refusals import refuse_impossible
-from experiments.bench.overlap.rounds import Measurement, block_seconds, in_halves, measure
+from experiments.bench.overlap.rounds import (
+    Measurement,
+    best_times,
+    block_seconds,
+    in_halves,
+    measure,
+)
 from experiments.bench.overlap.row_figures import all_quartiles, measured_row, round_times
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import KINDS, Row, to_json
@@ -181,7 +187,7 @@ def fastest_scmoe(measured: Measurement, rows: Mapping[str, Row]) -> dict[str, A
     scmoe = [name for name in rows if name.startswith("scmoe")]
     if not scmoe:
         return {}
-    best = {name: measured.times[row.best] for name, row in measured.rows.items()}
+    best = {name: best_times(row.finalists, measured.times) for name, row in measured.rows.items()}
     quickest = min(scmoe, key=lambda name: rows[name].train_ms)
     over: dict[str, dict[str, list[float]]] = {}
     for kind in KINDS:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.overlap.rounds import Measurement, block_seconds
+from experiments.bench.overlap.rounds import Measurement, best_times, block_seconds
 from experiments.bench.row import LoadFigures, Row, rows_of
 from experiments.bench.setting import Setting
 from experiments.bench.speed_chart import OVER_TOP2, cells_with_gain, line_colors
@@ -40,10 +40,8 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
     """Return the figures of a row at a load, with those beside the balanced one."""
     setting = measured.setting
     block = setting.block_of(name)
-    here = measured.rows[name]
-    there = balanced.rows[name]
-    uneven = measured.times[here.best]
-    even = measured.times[there.best]
+    uneven = best_times(measured.rows[name].finalists, measured.times)
+    even = best_times(balanced.rows[name].finalists, measured.times)
     free, even_free = (
         block_seconds(measured, block, "free", load_name) for load_name in (measured.load, BALANCED)
     )
@@ -53,7 +51,7 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
         over_balanced_quartiles=quartiles(uneven.train / even.train),
         straggler_forward=median(free.forward / even_free.forward) - 1,
         straggler_train=median(free.train / even_free.train) - 1,
-        dropped=here.dropped,
+        dropped=measured.rows[name].dropped,
         **imbalance_of_block(setting, measured.load, block),
     )
     return replace(row, at_load=figures)

@@ -73,7 +73,7 @@ def test_a_row_is_compared_with_the_best_of_top_2_and_with_the_best_without_a_sh
     variants = {row: Variant(row, Schedule("top_k")) for row in took}
     times = {variants[row]: seconds(*train) for row, train in took.items()}
     times[Variant("top2", default_schedule("top2"), "sequential")] = seconds(12.0, 12.0)
-    rows = {row: SimpleNamespace(best=variant) for row, variant in variants.items()}
+    rows = {row: SimpleNamespace(finalists=[variant]) for row, variant in variants.items()}
     measured = SimpleNamespace(setting=setting, times=times, rows=rows, load="balanced")
     comparisons = over_best(measured, "scmoe_pos2")  # type: ignore[arg-type]
     for kind in ("forward", "train"):
@@ -85,3 +85,16 @@ def test_a_row_is_compared_with_the_best_of_top_2_and_with_the_best_without_a_sh
     del rows["top2"], rows["top2_two"]
     alone = over_best(measured, "scmoe_pos2")  # type: ignore[arg-type]
     assert alone["over_best_without_another_model"]["train"]["best"] == "top2, sequential"
+
+
+def test_a_row_gains_nothing_by_a_schedule_that_is_lucky_in_most_rounds():
+    """Both of its schedules take as long as top-2 on average; one has faster and slower rounds."""
+    setting, schedule = Setting(rows=("scmoe_pos2",)), default_schedule("pos2")
+    even, lucky = Variant("pos2", schedule), Variant("pos2", schedule, "lucky")
+    top2 = Variant("top2", default_schedule("top2"), "sequential")
+    times = {each: seconds(1.0, 1.0, 1.0, 1.0, 1.0) for each in (even, top2)}
+    times[lucky] = seconds(0.8, 1.3, 0.8, 1.3, 0.8)
+    rows = {"scmoe_pos2": SimpleNamespace(best=lucky, finalists=[even, lucky])}
+    measured = SimpleNamespace(setting=setting, times=times, rows=rows, load="balanced")
+    for gains in over_best(measured, "scmoe_pos2").values():  # type: ignore[arg-type]
+        assert gains["train"]["median"] == 1.0
