@@ -96,13 +96,20 @@ def holm(ps: Sequence[float | None], comparisons: int) -> list[float | None]:
     return corrected
 
 
-def seeds_needed(std: float, difference: float) -> int:
-    """Return how many seeds a row needs, so that a true difference is decided with POWER: two-sided
-    at ALPHA, by the normal approximation, without a correction for several comparisons.
+def seeds_needed(std: float, difference: float, comparisons: int = 1) -> int:
+    """Return the smallest number of seeds of a row with which the interval of `compare` excludes 0
+    with POWER, if the true difference is this one.
 
-    std: of the differences by seed.
+    std: of the differences by seed. The power of the t-test is that of the noncentral t
+    distribution, without the tail of the wrong sign, which adds next to nothing.
     """
     from scipy import stats
 
-    quantiles = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)
-    return math.ceil((quantiles * std / difference) ** 2)
+    side_level = ALPHA / comparisons / 2
+    effect = abs(difference) / std
+    quantiles = stats.norm.isf(side_level) + stats.norm.ppf(POWER)
+    # a normal test, whose standard deviation is known, needs fewer
+    n = max(2, math.ceil((quantiles / effect) ** 2))
+    while stats.nct.sf(stats.t.isf(side_level, n - 1), n - 1, effect * math.sqrt(n)) < POWER:
+        n += 1
+    return n

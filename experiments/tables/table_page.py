@@ -52,8 +52,9 @@ def _too_few_seeds(results: Results) -> list[str]:
     variance = fmean(row["minus_baseline"]["std"] ** 2 for row in compared)
     std = variance**0.5
     sizes = sorted(abs(row["paper"]["difference"]) for row in compared)
-    most = seeds_needed(std, sizes[0])
-    least = seeds_needed(std, sizes[-1])
+    comparisons = results["comparisons"]
+    most = seeds_needed(std, sizes[0], comparisons)
+    least = seeds_needed(std, sizes[-1], comparisons)
     seeds = min(row["minus_baseline"]["n"] for row in compared)
     if seeds >= most:
         return []
