@@ -6,8 +6,10 @@ offloaded experts.
     rate        the cache is memory and the store is a file in the page cache, read at a bounded
                 rate: that at which blocking makes the MoE block of ScMoE Pos-2, one token, longer
                 by a given share
-    rounds      all variants in turn, with new tokens in each. A time is kept if the process had its
-                cores: its threads waited for one during at most `max_wait` of it (schedstat)
+    rounds      all variants in turn, on the same tokens. A time is kept if the process had its
+                cores: its threads waited for one during at most `max_wait` of it (schedstat). A
+                round is made again on its tokens until every variant has a kept time, since other
+                tokens may need more experts
     memory      anonymous memory of the process beyond what it holds without experts and slots
 
 One torch thread, so that the thread that reads has a core. A token is computed alone: no cached
@@ -22,6 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +49,20 @@ RATE_TRIALS = 2  # of a rate
 
 @dataclass
 class Times:
-    """The kept times of one case by variant, in seconds, and what was counted."""
+    """The kept times of one case by variant, in seconds, and what was counted. All variants have
+    the times of the same tokens."""
 
     seconds: dict[str, list[float]]
     operators: list[Operators] = field(default_factory=list)  # of each resident block
     hit_rate: dict[str, float] = field(default_factory=dict)
-    active: list[float] = field(default_factory=list)  # experts that had rows, per layer
+    active: list[float] = field(default_factory=list)  # experts that had rows: a layer's mean
     tried: int = 0
     equal_bits: bool = True
 
     @property
     def kept(self) -> int:
-        """Return the number of kept times of the variant that has the fewest."""
-        return min(len(seconds) for seconds in self.seconds.values()) if self.operators else 0
+        """Return the number of kept times of each variant."""
+        return len(self.active)
 
 
 def measure(
@@ -149,28 +153,37 @@ def sharing(model: nn.Module) -> nn.Module:
 def rounds(
     variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: OffloadSetting
 ) -> Times:
-    """Run all variants in turn until enough times of each are kept, or the time is over."""
+    """Run all variants in turn until enough times of each are kept, or the time is over. Tokens on
+    which a variant has no kept time then are left out."""
     times, deadline = Times({name: [] for name in variants}), time.monotonic() + setting.limit_s
     for variant in variants.values():
         variant(torch.randint(256, (1, tokens)))  # to warm up
     for cache in caches:
         cache.needed = cache.hits = 0
+    ids = torch.randint(256, (1, tokens))
+    kept: dict[str, float] = {}  # on these tokens
+    operators: list[Operators] = []
     while times.kept < setting.rounds and (time.monotonic() < deadline or not times.tried):
-        ids = torch.randint(256, (1, tokens))
         logits: dict[str, Tensor] = {}
         for name, variant in variants.items():
             out, seconds = undisturbed(partial(variant, ids), setting.max_wait)
             logits[name] = out.logits_BSV
             if seconds is not None:
-                times.seconds[name].append(seconds)
-        operators, seconds = undisturbed(
+                kept[name] = seconds
+        recorded, seconds = undisturbed(
             partial(in_place, variants[RESIDENT], ids), setting.max_wait
         )
         if seconds is not None:
-            times.operators += operators
-        times.active += [float((stats.counts_E > 0).sum()) for stats in out.stats]
+            operators = recorded
         times.equal_bits &= all(torch.equal(y, logits[RESIDENT]) for y in logits.values())
         times.tried += 1
+        if operators and kept.keys() == variants.keys():
+            for name, seconds in kept.items():
+                times.seconds[name].append(seconds)
+            times.operators += operators
+            times.active.append(fmean(int((stats.counts_E > 0).sum()) for stats in out.stats))
+            ids = torch.randint(256, (1, tokens))
+            kept, operators = {}, []
     times.hit_rate = {way: cache.hit_rate for way, cache in zip(WAYS, caches, strict=True)}
     return times
 
@@ -184,7 +197,7 @@ def with_figures(case: Case, times: Times, model: nn.Module, setting: OffloadSet
     if not times.kept:
         return case
     block_s, window_s = block_and_window(times.operators, model)
-    active = sum(times.active) / len(times.active)
+    active = median(times.active)
     fetch_s = active * setting.expert_mb / case.rate_mb_s
     experts_s = median(sum(block["experts"]) for block in times.operators) * (1 - 1 / active)
     taken = {name: median(seconds) for name, seconds in times.seconds.items()}

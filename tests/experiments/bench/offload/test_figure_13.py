@@ -1,8 +1,12 @@
-"""The kept figures of offloading are read and written without a change."""
+"""The kept figures of offloading are read and written without a change, and its ways are timed on
+the same tokens."""
 
 import json
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments.bench.offload import ways
 from experiments.bench.offload.cases import RESIDENT
@@ -36,3 +40,23 @@ def test_a_machine_that_is_too_busy_is_one_line(monkeypatch):
     variants = dict.fromkeys((RESIDENT, "blocking"))
     with pytest.raises(ConfigError, match="wait for a core"):
         ways.find_fetch_rate(variants, [], 0.8, OffloadSetting(quick=True))
+
+
+def test_all_ways_are_timed_on_the_same_tokens(monkeypatch):
+    """Every third run is disturbed. A time is the sum of its tokens here."""
+    runs = count()
+
+    def timed(run, max_wait):
+        result = run()
+        return result, None if next(runs) % 3 == 0 else float(run.args[-1].sum())
+
+    monkeypatch.setattr(ways, "undisturbed", timed)
+    torch.manual_seed(0)
+    setting = OffloadSetting(quick=True, rounds=4, limit_s=60.0)
+    model = ways.build(setting, "scmoe_pos2")
+    variants = dict.fromkeys((RESIDENT, "blocking", "determinate"), model)
+    caches = [SimpleNamespace(hit_rate=0.0) for _ in ways.WAYS]
+    times = ways.rounds(variants, caches, 8, setting)
+    resident, blocking, determinate = times.seconds.values()
+    assert resident == blocking == determinate
+    assert len(set(resident)) == times.kept == 4 < times.tried
