@@ -96,8 +96,8 @@ tokens a rank and, to a shared expert with two batches, at a large share: line 2
 5. **Not measured:** any GPU, NCCL, two machines, the paper's sizes ([list](#not-run-yet)).
 
 Speeds are medians with quartiles over the rounds of one run a bench. Losses are means with \
-intervals of 95 %, which in the tables below hold together; those of line 3 are at the levels of \
-its look.
+intervals of 95 %, which in the tables below hold together; line 3's first three are at the \
+levels of their looks.
 """
 
 
