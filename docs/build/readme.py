@@ -52,9 +52,10 @@ slower than top-2's best ([by share and by tokens](docs/results/two-batches.md))
 {large_share:.2f} Pos-2 with one batch is slower: {at_large_share[train]:.2f} in training, \
 {at_large_share[forward]:.2f} in inference.
 4. **With one long sequence a rank: yes.** With {one[tokens]:,} tokens Pos-3 \
-gains {one[train]} in training and {one[forward]} in inference over the best row without a \
-shortcut, a shared expert in chunks ([numbers](docs/results/{one_page}.md)). A causal sequence can \
-also be cut in its tokens; that is not measured.
+gains {one[train]} in training and {one[forward]} in inference (another day: 1.12 and 1.19) over \
+the best row without a shortcut, a shared expert in chunks \
+([numbers](docs/results/{one_page}.md)). A causal sequence can also be cut in its tokens; that is \
+not measured.
 5. **Where gradients outweigh rows: no.** With {rows_over_gradients:.1f} bytes of rows for a byte \
 of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 ([numbers](docs/results/{few_tokens_page}.md)).

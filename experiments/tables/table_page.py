@@ -62,9 +62,9 @@ def _too_few_seeds(results: Results) -> list[str]:
     unit = f" {results['unit']}".removesuffix(" per token")
     printed = _numbers(" to ", form, sizes[0], sizes[-1])
     sentence = (
-        f"**Too few seeds to see the paper's differences.** They are {printed}{unit}; a power of"
-        f" 80 % takes {least:,} to {most:,} seeds a row, and there are {seeds} (standard deviation"
-        f" of a difference: {form.format(std)}{unit})."
+        f"**Too few seeds to see the paper's differences**, {printed}{unit}: 80 % power"
+        f" takes {least:,} to {most:,} seeds a row; there are {seeds} (a difference's standard"
+        f" deviation: {form.format(std)}{unit})."
     )
     return [sentence]
 

@@ -101,6 +101,18 @@ def test_the_second_day_of_the_headline_is_as_its_report_says():
         assert f"{pos2} and {pos3} over" in text
 
 
+def test_the_second_day_of_one_sequence_is_as_its_report_says():
+    report = readme.read(ROOT / RESULTS / "one-sequence-second-day.json")
+    kinds = ("train", "forward")
+    gains = [
+        readme.gain_of(report, "scmoe_pos3", "over_best_without_shortcut", kind) for kind in kinds
+    ]
+    page = (ROOT / RESULTS / "one-sequence.md").read_text(encoding="utf-8")
+    assert "{} in training and {} in inference. With".format(*gains) in page
+    medians = " and ".join(gain.partition(" ")[0] for gain in gains)
+    assert f"(another day: {medians})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_prefill_of_one_prompt_is_as_its_report_says():
     """The page has the best way of top-2, a shared expert, Pos-2 and Pos-3."""
     report = readme.read(ROOT / PAGES / "inference-2-ranks-share-0.52-prompt-3072.json")

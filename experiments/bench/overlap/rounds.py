@@ -123,9 +123,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measureme
     }
 
 
-def best_times(
-    finalists: Sequence[Variant], times: Mapping[Variant, VariantTimes]
-) -> VariantTimes:
+def best_times(finalists: Sequence[Variant], times: Mapping[Variant, VariantTimes]) -> VariantTimes:
     """Return the times of the best schedule of a row. Half of the rounds choose the schedule that
     the other half times, and in turn: one that some rounds choose as the best was also lucky in
     them, the more so the more schedules there are."""
@@ -137,9 +135,7 @@ def best_times(
 
 
 def fastest(
-    finalists: Sequence[Variant],
-    times: Mapping[Variant, VariantTimes],
-    rounds: slice = slice(None),
+    finalists: Sequence[Variant], times: Mapping[Variant, VariantTimes], rounds: slice = slice(None)
 ) -> Variant:
     """Return the variant with the fastest training step in these rounds."""
     return min(finalists, key=lambda v: median(times[v].train[rounds]))

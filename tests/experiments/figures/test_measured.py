@@ -105,12 +105,12 @@ def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
     trains = {"own": 1.0 + 0 * even, "early": 1.2 - 0.4 * even, "late": 0.8 + 0.4 * even}
     variants = {name: Variant(block, schedule, name) for name in trains}
     times = {
-        variants[name]: seconds(1.0, 1.0)._replace(train=train) for name, train in trains.items()
+        variants[name]: VariantTimes(train, train, train, train) for name, train in trains.items()
     }
 
     choice, finalists = variants["own"], list(variants.values())
     assert over_best_finalist(choice, finalists, times) < 1
-    times[variants["early"]] = seconds(1.0, 1.0)._replace(train=0.8 + 0 * even)
+    times[variants["early"]] = VariantTimes(*[0.8 + 0 * even] * 4)
     assert over_best_finalist(choice, finalists, times) == pytest.approx(1.25), (
         "a schedule that is faster in every round"
     )
@@ -185,7 +185,7 @@ def test_figure_8_compares_the_rows_that_a_report_has(tmp_path, drawn, capsys):
     path = write_report(tmp_path, 0.52)
     path.write_text(json.dumps(report_of(0.52, ("top2", "shared_expert", "scmoe_pos2"))))
     files(capsys, "8", str(path))
-    words = drawn[0].axes[0].get_title().splitlines()
+    words = drawn[0].axes[0].get_title("left").splitlines()
     assert len(words) == 3 and words[-1].endswith("(paper: 1.27)")
 
 

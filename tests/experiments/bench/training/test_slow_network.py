@@ -58,14 +58,12 @@ def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_
         (
             "debug",
             ("trainer.max_steps=117",),
-            "may need 60 steps to choose, and 59 come before the timed ones. Give trainer.max_steps"
-            "=120",
+            "60 steps to choose, and 59 come before the timed ones. Give trainer.max_steps=120",
         ),
         (
             "debug",
             ("trainer.max_steps=100", "trainer.accumulate=2"),
-            "may need 54 steps to choose, and 50 come before the timed ones. Give trainer.max_steps"
-            "=108",
+            "54 steps to choose, and 50 come before the timed ones. Give trainer.max_steps=108",
         ),
     ],
 )
