@@ -119,7 +119,7 @@ reports: $(READY)  ## seldom: measure what the docs' pictures show and docs/figu
 recording: $(READY)  ## seldom: run the quickstart once more and draw its terminal into the README's picture
 	@$(PY) -m tests.terminal --from training docs/figures/train.svg make train
 
-figure: figure$(or $(NUMBER),-none)  ## draw a figure of the paper, NUMBER=1, 4, 7, 8, 9, 10 or 13; 8 and 13 are measured first
+figure: figure$(or $(NUMBER),-none)  ## draw a figure of the paper, NUMBER=1, 4, 7, 8, 9, 10, 13 or 22; 8 and 13 are measured first
 
 figure-none:
 	@echo 'figure: NUMBER is missing, such as NUMBER=9' >&2; exit 2
@@ -147,6 +147,9 @@ figure10: $(READY)  ## seldom: Fig. 10, similarity of representations, of RUN (t
 
 figure13: $(READY)  ## seldom: measure Fig. 13, offloaded experts, and draw it; ARGS="--quick" for a trial
 	@$(PY) -m experiments.figure 13 $(ARGS)
+
+figure22: $(READY)  ## seldom: Appendix A.1, gradients by depth: five architectures are trained
+	@$(PY) -m experiments.figure 22 $(ARGS)
 
 test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)

@@ -131,6 +131,9 @@ def answer(*words: str) -> int:
         said = " ".join(str(error).split()).replace(
             "RUN requires an argument", "RUN is missing, such as runs/latest"
         )
+        token = getattr(error, "token", None)  # of a value that cannot be read
+        if token is not None and token.keyword and "=" in token.value:
+            said += f" Write key=value before {token.keyword}."
         print(
             f"error: {said} See {scmoe(*(w for w in words[:1] if w in VERBS), '--help')}",
             file=sys.stderr,

@@ -104,6 +104,7 @@ def test_scmoe_lists_its_verbs_and_says_its_version(capsys):
     [
         *(("tarin", "tarin"), ("bench", "BENCH"), ("bench lier", "lier"), ("runs a b", "b")),
         *(("figure 2", "2"), ("--verison", "--verison")),
+        ("bench train --rows top2 data.seq_len=64", "Write key=value before --rows"),
         *(
             (verb, "runs/latest") for verb in ("generate", "evaluate", "export", "resume")
         ),  # a missing run, by example

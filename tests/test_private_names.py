@@ -58,6 +58,7 @@ SIGNATURES = {  # name: its owner, its parameters
     "_should_check_val_fx": (_TrainingEpochLoop, ["self", "data_fetcher"]),
     "_after_closure": (Precision, ["self", "model", "optimizer"]),
     "_save_checkpoint": (ModelCheckpoint, ["self", "trainer", "filepath"]),
+    "_should_skip_saving_checkpoint": (ModelCheckpoint, ["self", "trainer"]),
     "_register_signal": (_SignalConnector, ["signum", "handlers"]),
     "_slurm_sigusr_handler_fn": (_SignalConnector, ["self", "signum", "_"]),
     "_link_checkpoint": (ModelCheckpoint, ["trainer", "filepath", "linkpath"]),

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from docs.build import one_sequence, readme, two_batches
+from docs.build import one_sequence, readme, trend, two_batches
 from docs.build.concepts import CONCEPTS
 from experiments.bench import speed_chart
 from experiments.bench.inference import gains
@@ -98,6 +98,7 @@ def pictures() -> dict[str, Callable[[Path], None]]:
     drawings[two_batches.BATCHES_PAGE] = partial(two_batches.draw, halves)
     longest = one_sequence.read_reports(PAGES)[-1]
     drawings[one_sequence.SEQUENCE_PAGE] = partial(speed_chart.draw, longest)
+    drawings[trend.TREND_PAGE] = partial(trend.draw, trend.read_trends(RESULTS))
     return drawings
 
 
@@ -176,6 +177,8 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
     if name == one_sequence.SEQUENCE_PAGE:
         reports = one_sequence.read_reports(PAGES)
         return page, said, {"reports": reports, "longest": reports[-1]}
+    if name == trend.TREND_PAGE:
+        return page, said, {"trends": trend.read_trends(RESULTS)}
     data = readme.read(PAGES / f"{name}.json")
     if name == "figure-13":
         data["paper"] = figure_13.PAPER_MODELS
@@ -293,4 +296,5 @@ TABLE_MAKERS = {  # by the first words of an experiment's name
     "figure-8": scenario_tables,
     two_batches.BATCHES_PAGE: lambda data: two_batches.tables(data["reports"]),
     one_sequence.SEQUENCE_PAGE: lambda data: one_sequence.tables(data["reports"]),
+    trend.TREND_PAGE: lambda data: trend.tables(data["trends"]),
 }

@@ -1,10 +1,9 @@
 """The trend of quality: how the difference of two rows in loss changes with the compute of a run.
 
 It reads the results of the table `quality` (width 64) and of the table `trend` (the other widths).
-No page shows them before there are some. The analysis was fixed
-before the first run (docs/decisions/0049-trend-and-table-7.md): at each width the difference of
-means, and over the widths the slope of a line by least squares, each width weighted by the inverse
-variance of its difference.
+The analysis was fixed before the first run (docs/decisions/0049-trend-and-table-7.md): at each
+width the difference of means, and over the widths the slope of a line by least squares, each width
+weighted by the inverse variance of its difference.
 """
 
 import json
@@ -19,6 +18,7 @@ from experiments.tables.seed_statistics import ALPHA
 from scmoe.charts import BLUE, PURPLE, chart, heading
 from scmoe.report import Report
 
+TREND_PAGE = "trend"  # of the page and of its picture
 WIDTH_RESULTS = {  # folders of docs/results, by the width of the model
     32: "trend-width-32",
     64: "quality-small",

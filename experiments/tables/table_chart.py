@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from experiments.tables.equivalence import interval_of_answer
 from experiments.tables.table_page import Results, value_format, without_speed
 from scmoe.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
 
@@ -46,7 +47,8 @@ def draw_differences(results: Results, path: Path) -> None:
 
 
 def draw_answers(results: Results, path: Path) -> None:
-    """Draw the difference of each pair of a registered experiment, its interval and the margin."""
+    """Draw the difference of each pair of a registered experiment, with the interval of the test
+    that has answered, and the margin."""
     decision = results["decision"]
     pairs = decision["rows"]
     signed = value_format(results["unit"]).replace(":", ":+")
@@ -56,11 +58,10 @@ def draw_answers(results: Results, path: Path) -> None:
         axis.axvspan(-margin, margin, color="#e8e8e8", label=f"margin of {margin:g}")
         for height, tested in _from_the_top(list(pairs.values())).items():
             if tested["n"]:
-                low, high = tested["interval"]
+                low, high = interval_of_answer(tested)
                 if low is not None:
-                    axis.hlines(
-                        height, low, high, color=OUR_COLOR, linewidth=2, label="interval of TOST"
-                    )
+                    label = "interval of the answer"
+                    axis.hlines(height, low, high, color=OUR_COLOR, linewidth=2, label=label)
                 axis.plot(tested["difference"], height, "D", color=OUR_COLOR, label="mean")
                 text = f"{signed.format(tested['difference'])}: {tested['answer']}"
                 _label(axis, text, tested["difference"], height)

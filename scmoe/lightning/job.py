@@ -9,7 +9,7 @@ started them) and, if training, with one complete checkpoint.
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -169,6 +169,8 @@ class RunningJob:
         self.has_begun = False  # the first batch of this training
         # batches of this validation, test or prediction at which all ranks can still ask
         self.polls_left = 0
+        # max_steps, while the validation of the last step is done in a resumed run
+        self.last_step: int | None = None
         self.poll: Poll
         self.trainer: Any = None
         self.checkpoints: Checkpoints
@@ -249,7 +251,22 @@ class RunningJob:
             self.ask()
         self.wire.begin_batch(tensors_in(inputs))
 
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Let a training go on that has all its steps and was stopped in its last validation.
+
+        state: of the checkpoint, before Lightning restores its loops.
+        """
+        self.last_step = loops.last_step_to_validate(self.trainer, state)
+        if self.last_step is not None:
+            loops.set_max_steps(self.trainer, self.last_step + 1)
+
+    def _end_left_validation(self) -> None:
+        if self.last_step is not None:
+            loops.set_max_steps(self.trainer, self.last_step)
+            self.last_step = None
+
     def end_evaluation(self) -> None:
+        self._end_left_validation()
         self.polls_left = 0
         self.stop.take()
         # so that what follows finds the weights that optimizers hold
@@ -326,6 +343,7 @@ class RunningJob:
         """Complete the saves and give the signals back."""
         if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
             return
+        self._end_left_validation()
         if loops.was_interrupted(self.trainer):  # other ranks may never come here
             give_up_groups()
         else:

@@ -383,17 +383,16 @@ class ExpertParallelStrategy(DDPStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read weights and optimizer state in place and return the rest.
-
-        Nothing in the files can execute code.
-        """
+        """Read weights and optimizer state in place; return the rest. No file can execute code."""
         refuse_load_without_ranks(self.mesh)
         trainer = self.module.trainer
+        path = self.broadcast(checkpoint_path)
         if not loops.is_fitting(trainer):
             self.job.trained = None
         optimizers = self.optimizers if loops.is_fitting(trainer) else []
-        path = self.broadcast(checkpoint_path)
-        return read_in_place(path, trainer, self.checkpoints, optimizers)
+        state = read_in_place(path, trainer, self.checkpoints, optimizers)
+        self.job.resume(state)
+        return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""

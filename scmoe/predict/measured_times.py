@@ -11,7 +11,9 @@ a trace            of torch's profiler, with the kernels of cards: those of all-
                    that compute; both in a step. A transfer's kernel also waits for other ranks
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,8 +169,9 @@ def slowdown_of_trace(
 
 def parse(path: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else read_text(path)
+        content = json.loads(text)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"measured is {path}, which cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torch.distributed.checkpoint import CheckpointException
+
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import SENDS_NO_ROWS, travel_overrides
@@ -114,16 +116,17 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
         checkpoint = None if exported else weights
         try:
             trainer.validate(module, [], checkpoint, verbose=False, weights_only=True)
-        except BrokenCheckpoint as error:
+        except (BrokenCheckpoint, CheckpointException, OSError) as error:
             if isinstance(error, MissingCheckpoint) or not weights.exists():
                 raise ConfigError(
-                    f"{relative(weights.parents[1])} still trains, and has replaced the checkpoint"
-                    " that was found. Give the command again."
+                    f"{relative(weights)} is gone: a run that still trains replaces its"
+                    " checkpoints. Give the command again."
                 ) from error
-            error.add_note(
-                f"Move {relative(weights)} out of its folder. The checkpoint before it is then"
-                " used."
-            )
+            if isinstance(error, BrokenCheckpoint):
+                error.add_note(
+                    f"Move {relative(weights)} out of its folder. The checkpoint before it is then"
+                    " used."
+                )
             raise
     if exported:
         with ending_together(trainer):

@@ -8,6 +8,7 @@ import pytest
 
 from docs.build import one_sequence, readme, two_batches
 from docs.build.pages import HEADLINE, PAGES, RESULTS, with_part
+from experiments.bench.row import with_quartiles
 from experiments.tables.equivalence import interval_of_answer
 from experiments.tables.seed_statistics import compare
 from scmoe.config.leaves import ConfigError
@@ -15,7 +16,7 @@ from scmoe.config.leaves import ConfigError
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 TOKENS = "equal_tokens"
-ONE_PROMPT = ("top2", "shared_expert", *two_batches.SHORTCUT_ROWS)
+ONE_SEQUENCE = ("shared_expert", *two_batches.SHORTCUT_ROWS)
 LONGEST = "one-sequence/overlap-real-iteration-2-ranks-share-0.52-tokens-3072-layers-8.json"
 FIGURE = re.compile(r"(?<![\w.])-?\d+\.\d{2,}(?![\w.])")
 NO_FIGURES = re.compile(
@@ -61,6 +62,7 @@ def test_the_words_of_readmes_answers_are_true(facts):
     tested = facts["tested"]
     assert tested["top2"]["answer"] == tested["equal_size"]["answer"] == "higher"
     assert tested["shared"]["answer"] == "equal within 0.01", "it changes nothing"
+    assert facts["widest"].low > 0, "it is behind a shared expert there"
     twin = readme.losses_of(readme.read(ROOT / RESULTS / readme.TABLE_3 / "results.json"), TOKENS)
     assert compare(twin[readme.POS2], twin[readme.TOP2])["p"] > 0.05, "no difference there"
 
@@ -78,6 +80,7 @@ def test_a_new_measurement_changes_readmes_answers(tmp_path):
         RESULTS / readme.SHORTER / "results.json": (
             *("decision", "rows", readme.SHORTER_PAIR, "difference"),
         ),
+        RESULTS / "trend-width-96/results.json": ("rows", 2, "ours", "by_seed", "1"),
     }
     for changed, (*keys, last) in changes.items():
         for path in changes:
@@ -108,15 +111,25 @@ def test_the_second_day_of_one_sequence_is_as_its_report_says():
         readme.gain_of(report, "scmoe_pos3", "over_best_without_shortcut", kind) for kind in kinds
     ]
     page = (ROOT / RESULTS / "one-sequence.md").read_text(encoding="utf-8")
-    assert "{} in training and {} in inference. With".format(*gains) in page
+    assert "{} in training and {} in inference on".format(*gains) in page
     medians = " and ".join(gain.partition(" ")[0] for gain in gains)
     assert f"(another day: {medians})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_whole_trainings_of_one_sequence_are_as_their_report_says():
+    report = readme.read(ROOT / RESULTS / "one-sequence-train.json")
+    reached = [
+        with_quartiles(report["rows"][row]["speedup"], report["rows"][row]["quartiles"])
+        for row in ONE_SEQUENCE
+    ]
+    page = (ROOT / RESULTS / "one-sequence.md").read_text(encoding="utf-8")
+    assert f"reach {', '.join(reached)} (shared expert, Pos-2, Pos-3)" in page
+
+
 def test_prefill_of_one_prompt_is_as_its_report_says():
-    """The page has the best way of top-2, a shared expert, Pos-2 and Pos-3."""
+    """The page has the best way of a shared expert, Pos-2 and Pos-3."""
     report = readme.read(ROOT / PAGES / "inference-2-ranks-share-0.52-prompt-3072.json")
-    rows = [report["rows"][row]["prefill"] for row in ONE_PROMPT]
+    rows = [report["rows"][row]["prefill"] for row in ONE_SEQUENCE]
     best = ", ".join(f"{max(row['ways'].values()):.2f}" for row in rows)
     assert best in (ROOT / RESULTS / "one-sequence.md").read_text(encoding="utf-8")
 

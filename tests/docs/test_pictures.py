@@ -37,7 +37,10 @@ from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
 BARS = ("overlap", "inference", "figure-13")
-OF_RESULTS = (*DRAW, "figure-", "table", "family", "quality", "two-batches", "one-sequence")
+OF_RESULTS = (
+    *DRAW,
+    *("figure-", "table", "family", "quality", "two-batches", "one-sequence", "trend"),
+)
 
 
 @pytest.fixture

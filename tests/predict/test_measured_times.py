@@ -1,5 +1,6 @@
 """What a user has measured becomes factors on computing and transfers, or is refused."""
 
+import gzip
 import json
 import re
 from dataclasses import asdict, replace
@@ -85,6 +86,12 @@ def test_a_trace_says_how_long_a_step_computes_and_exchanges(counted, tmp_path):
     scale = slowdown_of_file(file, simulator, [*models.values()], 8)
     step = simulator.step(model, choice)
     assert scale.computing == pytest.approx(0.004 / (step.computing + step.update))
+    packed = file.with_suffix(".json.gz")  # as trainer.profile_steps writes it
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert slowdown_of_file(packed, simulator, [*models.values()], 8) == scale
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        slowdown_of_file(packed, simulator, [*models.values()], 8)
     file.write_text(json.dumps({"traceEvents": []}), encoding="utf-8")
     with pytest.raises(ConfigError, match="0 steps and 0 kernels"):
         slowdown_of_file(file, simulator, [*models.values()], 8)

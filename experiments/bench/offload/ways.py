@@ -192,8 +192,8 @@ def with_figures(case: Case, times: Times, model: nn.Module, setting: OffloadSet
     """Return a case with the figures of its times; as it is, if no time was kept.
 
     The latency of an offloaded MoE block is that of a resident one plus the model's extra time per
-    MoE block. bound: the largest share of a fetch that can be hidden. The window hides it and, if
-    several experts are fetched, the computation of all of them but the last."""
+    MoE block. A fetch can be hidden by the window and, if several experts are fetched, by the
+    computation of all of them but the last."""
     if not times.kept:
         return case
     block_s, window_s = block_and_window(times.operators, model)
@@ -205,7 +205,9 @@ def with_figures(case: Case, times: Times, model: nn.Module, setting: OffloadSet
     windows = {"determinate": window_s, "speculative": taken[RESIDENT] / setting.pairs}
     ways = {RESIDENT: Way(1e3 * block_s)}
     for way in WAYS:
-        bound = min(1.0, (windows[way] + experts_s) / fetch_s) if way in windows else 0.0
+        bound = 0.0
+        if way in windows:
+            bound = most_hidden(fetch_s, windows[way] + experts_s, extra["blocking"])
         hidden = 1 - extra[way] / extra["blocking"]
         ways[way] = Way(1e3 * (block_s + extra[way]), hidden, bound, times.hit_rate[way])
     return replace(
@@ -217,6 +219,13 @@ def with_figures(case: Case, times: Times, model: nn.Module, setting: OffloadSet
         active=active,
         blocking_costs=extra["blocking"] / block_s,
     )
+
+
+def most_hidden(fetch_s: float, computing_s: float, blocking_s: float) -> float:
+    """Return the largest share of blocking's extra time that a way can take away: all but the part
+    of a fetch that is longer than the computation beside it. Blocking costs more than a fetch."""
+    exposed_s = max(0.0, fetch_s - computing_s)
+    return max(0.0, 1 - exposed_s / blocking_s)
 
 
 def in_place(model: nn.Module, ids: Tensor) -> list[Operators]:

@@ -101,9 +101,10 @@ def inside_gain(row: PlannedRow, times: Mapping[Variant, VariantTimes]) -> dict[
     if len(kinds) < 2:
         return None
     between, inside = (fastest(kind, times) for kind in kinds)
+    of_between, of_inside = (best_times(kind, times) for kind in kinds)
     return {
-        "forward": all_quartiles(times[between].forward / times[inside].forward),
-        "train": all_quartiles(times[between].train / times[inside].train),
+        "forward": all_quartiles(of_between.forward / of_inside.forward),
+        "train": all_quartiles(of_between.train / of_inside.train),
         "between": f"{between.schedule.place} x {between.schedule.chunks}",
         "inside": f"{inside.schedule.place} x {inside.schedule.chunks}",
     }

@@ -1,6 +1,7 @@
 """How far the Trainer is, and what its plugins do in a step: its loops, DDP, precision plugins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -55,6 +56,42 @@ def restart_validation(trainer: Any) -> None:
     if is_fitting(trainer) and trainer.validating:
         progress.increment_ready()
         progress.increment_started()
+
+
+@contextmanager
+def leaving_validation(trainer: Any) -> Iterator[None]:
+    """Let a checkpoint that is saved inside, as a validation begins, say that it is left to do."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    before = progress.state_dict()
+    restart_validation(trainer)
+    try:
+        yield
+    finally:
+        progress.load_state_dict(before)
+
+
+def validation_is_left(state: Mapping[str, Any]) -> bool:
+    """Return whether a validation is left to do in a checkpoint, as `restart_validation` marks it.
+
+    state: Lightning's, without tensors.
+    """
+    batches = state["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+    is_begun = batches["ready"] == batches["started"] == batches["processed"] + 1
+    return bool(is_begun and batches["completed"] == batches["processed"])
+
+
+def last_step_to_validate(trainer: Any, state: Mapping[str, Any]) -> int | None:
+    """Return max_steps if a checkpoint has all steps, and the validation of the last one is left.
+
+    Lightning's loop would not begin again.
+    """
+    max_steps = trainer.fit_loop.max_steps
+    is_last = is_fitting(trainer) and state.get("global_step") == max_steps
+    return int(max_steps) if is_last and validation_is_left(state) else None
+
+
+def set_max_steps(trainer: Any, max_steps: int) -> None:
+    trainer.fit_loop.epoch_loop.max_steps = max_steps
 
 
 def forget_started_batch(trainer: Any) -> None:

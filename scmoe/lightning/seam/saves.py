@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from scmoe.lightning.seam import loops
 from scmoe.parallel.checkpoint import durable
@@ -131,10 +132,10 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps the newest checkpoint alone, as `step=N.ckpt`.
 
     It saves every n-th step, at a stop and at the end of training. Where a validation follows the
-    step, it saves after it: a run that resumes does not validate that step again. So it must be the
-    last of the callbacks. Lightning's own saves nothing at the end, and leaves the checkpoint from
-    which a run was resumed. With another save_top_k, -1 or 0, this one keeps all checkpoints or
-    makes none.
+    step, it saves as that begins, so that an error in it loses no step: a run that resumes from
+    this checkpoint does the validation. Lightning's own saves nothing at the end, and leaves the
+    checkpoint from which a run was resumed. With another save_top_k, -1 or 0, this one keeps all
+    checkpoints or makes none.
     """
 
     def __init__(self, folder: Path | None, every_n_steps: int) -> None:
@@ -144,13 +145,27 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,  # a damaged checkpoint of this name is replaced
         )
+        self.every_n_steps = every_n_steps
 
-    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # of a resumed run
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if not loops.validates_next(trainer):
-            super().on_train_batch_end(trainer, *arguments)
+            self._save_if_due(trainer)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        with loops.leaving_validation(trainer):
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module, None, None, 0)  # saves if it is the n-th
+        """Save nothing: it is saved already."""
+
+    def _save_if_due(self, trainer: Any) -> None:
+        is_due = self.save_top_k and trainer.global_step % self.every_n_steps == 0
+        if is_due and not self._should_skip_saving_checkpoint(trainer):
+            self.save(trainer)
 
     def save(self, trainer: Any) -> None:
         """Save the current step. Every rank must call it."""
@@ -234,6 +249,7 @@ class Patience(EarlyStopping):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"patience": self.patience})
+        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED  # of this part of the run
 
 
 def as_of_base(callback: ModelCheckpoint | EarlyStopping, key: str) -> str:

@@ -190,14 +190,16 @@ def rank_in_step(path: Path) -> tuple[bool, float]:
     return path.name.removeprefix(".").startswith("best-"), path.stat().st_mtime
 
 
-def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> Path:
+def newest_good(
+    folder: Path, prefix: str = "", share: slice = slice(None), step: int | None = None
+) -> Path:
     """Return the complete checkpoint of the latest step; a warning names each broken one.
 
     Ranks may call it at once.
 
     prefix: of the names to choose from. Manifests say which is the newest. Files are read of that
-    one only, or of the next one if it is broken. share: as in `verify`. FileNotFoundError: there is
-    none.
+    one only, or of the next one if it is broken. share: as in `verify`. step: the only one to
+    choose from. FileNotFoundError: there is none.
     """
     candidates = []
     for path in checkpoints(folder):
@@ -206,9 +208,11 @@ def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> P
             continue
         try:
             candidates.append((read_manifest(path)["step"], rank_in_step(path), path))
-        except BrokenCheckpoint as error:
+        except (BrokenCheckpoint, FileNotFoundError) as error:  # a training may remove it
             warnings.warn(f"passed over: {error}", stacklevel=2)
-    for _, _, path in sorted(candidates, reverse=True):
+    for at, _, path in sorted(candidates, reverse=True):
+        if step not in (None, at):
+            continue
         try:
             verify(path, share)
             return path

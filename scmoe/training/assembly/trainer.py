@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from scmoe.config.derived import last_step, resolve_ep_size, word_for_steps
+from scmoe.config.derived import last_step, max_steps, resolve_ep_size, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import possible_batches
 from scmoe.config.leaves import ConfigError, show
@@ -120,6 +120,8 @@ def adaptive_schedule(
     plan = run_dir / "plan.json" if run_dir else None
     conditions = timing_conditions(config)
     length_key = word_for_steps(config, 1).partition("=")[0]
+    if last_step(config) < max_steps(config):
+        length_key = "trainer.limit_train_batches"
     return AdaptiveSchedule(schedule.auto, chunks, plan, conditions, batches, length_key)
 
 

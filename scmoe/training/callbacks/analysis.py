@@ -100,6 +100,7 @@ class Analysis(Callback):
         values = means(total).cpu().numpy()
         for logger in trainer.loggers:
             logger.log_metrics(self.quantity.metrics(values), self.step)
+            logger.save()  # as Lightning does: a run that is killed has its rows
 
         self.labels = probe.labels()
         self.records[self.step] = values

@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from scmoe.files import try_to_write
+
+
+def record_every_step(step: int) -> ProfilerAction:
+    """Return what a profiler does in a step. Without a schedule its trace has no steps."""
+    return ProfilerAction.RECORD
 
 
 class ProfileSteps(Callback):
@@ -18,14 +23,16 @@ class ProfileSteps(Callback):
         <run>/traces/steps-10-13-rank-0.json.gz    a Chrome trace: open it at
                                                    https://ui.perfetto.dev or chrome://tracing
 
-    Operators of the MoE stream and of its backbone are named scmoe/<operator>. folder: the run
-    directory on rank 0; other ranks get it from there, and it must exist for them too.
+    Steps are named ProfilerStep#0 and so on, by which `scmoe advise measured=` finds them, and
+    operators of the MoE stream and of its backbone scmoe/<operator>. folder: the run directory on
+    rank 0; other ranks get it from there, and it must exist for them too.
     """
 
     def __init__(self, steps: str, folder: Path | None) -> None:
         self.first, self.end = map(int, steps.split(":"))
         self.folder = folder
         self.running: profile | None = None
+        self.step = 0  # that is recorded
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.folder = trainer.strategy.broadcast(self.folder)
@@ -33,12 +40,18 @@ class ProfileSteps(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if self.running is None and self.first <= trainer.global_step < self.end:
             on_gpu = [ProfilerActivity.CUDA] if module.device.type == "cuda" else []
-            self.running = profile(activities=[ProfilerActivity.CPU, *on_gpu])
+            self.running = profile(
+                activities=[ProfilerActivity.CPU, *on_gpu], schedule=record_every_step
+            )
             self.running.start()
+            self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if trainer.global_step == self.end:
             self.on_train_end(trainer, module)
+        elif self.running is not None and trainer.global_step > self.step:
+            self.running.step()
+            self.step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         """Write the trace. The run may end before the last step that was asked for."""

@@ -28,10 +28,12 @@ FIRST_COLUMNS = ("step", "train/tokens", "train/images", "train/loss", "val/loss
 HPARAMS_METRICS = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
 
-def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
+def build_loggers(
+    config: Config, run_dir: Path, resumed_step: int | None, validates_again: bool = False
+) -> list[Logger]:
     """Return the loggers of a run. config: without keys and passwords. resumed_step: the step that
-    a resumed run continues from."""
-    loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
+    a resumed run continues from. validates_again: it first does that step's validation."""
+    loggers: list[Logger] = [csv_logger(run_dir, resumed_step, validates_again)]
     if config.logger.tensorboard:
         loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     if wandb_mode(config) != "disabled":
@@ -85,15 +87,21 @@ def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
 # ---------------------------------------------------------------------- metrics.csv
 
 
-def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
+def csv_logger(run_dir: Path, resumed_step: int | None, validates_again: bool = False) -> CSVLogger:
     """Return the logger of metrics.csv.
 
-    It keeps the rows before resumed_step; later ones will be logged again. Lightning's logger would
-    delete an earlier file.
+    It keeps the rows before resumed_step, without those of a validation that is done again; others
+    will be logged again. Lightning's logger would delete an earlier file.
     """
     kept = []
     if resumed_step is not None:
-        kept = [row for row in read_metrics(run_dir) if int(row["step"]) < resumed_step]
+        last = resumed_step - 1  # rows count from 0
+        kept = [
+            row
+            for row in read_metrics(run_dir)
+            if (step := int(row["step"])) < last
+            or (step == last and not (validates_again and row.get("val/loss")))
+        ]
     logger = SafeCSVLogger(run_dir, name="", version="")
     writer = logger.experiment
     writer.metrics_keys = Columns()
@@ -137,10 +145,6 @@ class SafeCSVLogger(CSVLogger):
             warn_once(
                 f"{path} cannot be written, its rows stay in memory: {error.strerror or error}"
             )
-
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Write the rows up to a checkpoint: a run that resumes from it does not log them again."""
-        self.save()
 
 
 def _put_back(path: Path, before: bytes | None) -> None:

@@ -23,12 +23,15 @@ from scmoe.config.as_yaml import changes_to_yaml, to_yaml
 from scmoe.config.derived import last_step, max_steps, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.installation import scmoe
+from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.files import redacted, relative, try_to_write_json
+from scmoe.lightning.seam.loops import validation_is_left
 from scmoe.lightning.seam.saves import Patience
 from scmoe.models.model_cost import count_parameters, total_and_active
-from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
+from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint, checkpoints, read_manifest
+from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.report import console, say
 from scmoe.training.run.directory import create_run_dir, kept_state, refuse_running, write_config
 from scmoe.training.run.loggers import (
@@ -39,7 +42,13 @@ from scmoe.training.run.loggers import (
     log_results,
 )
 from scmoe.training.run.machine import is_rank_zero
-from scmoe.training.run.resume import Resumed, record_path, set_aside, set_aside_later
+from scmoe.training.run.resume import (
+    Resumed,
+    find_checkpoint,
+    record_path,
+    set_aside,
+    set_aside_later,
+)
 from scmoe.training.run.summary import summary_panel
 
 
@@ -129,7 +138,7 @@ def open_output(
         run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, text)
     else:
         run_dir = resumed.run_dir
-        refuse_running(run_dir)  # another process may have begun while this one prepared its data
+        refuse_other_part(resumed)
         step = read_manifest(resumed.checkpoint)["step"]
         write_config(record_path(run_dir, step), text)
 
@@ -139,7 +148,8 @@ def open_output(
         try:
             if not quiet:
                 print_start(public, model, run_dir, resumed and resumed.checkpoint)
-            loggers += build_loggers(public, run_dir, step)
+            left = resumed is not None and validation_is_left(read_meta(resumed.checkpoint))
+            loggers += build_loggers(public, run_dir, step, validates_again=left)
             if not quiet:
                 console().print(f"metrics go to {listed([*map(describe, loggers)])}")
             if resumed is not None and resumed.step is not None:
@@ -161,6 +171,17 @@ def open_output(
             raise
         finally:
             close_loggers(loggers, status)
+
+
+def refuse_other_part(resumed: Resumed) -> None:
+    """Raise ConfigError if another process trains the run, or has trained it further, since the
+    checkpoint of this resumption was found: preparing data may take long."""
+    run_dir = resumed.run_dir
+    refuse_running(run_dir)
+    if resumed.step is None and find_checkpoint(run_dir, share=UNREAD) != resumed.checkpoint:
+        raise ConfigError(
+            f"{relative(run_dir)} has gone on since this command began. Give the command again."
+        )
 
 
 # ---------------------------------------------------------------------- what is printed

@@ -12,11 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load_config
 from scmoe.lightning.seam.saves import LastCheckpoint
+from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
@@ -206,10 +208,11 @@ SCORE_OF_STEP = {2: 1.0, 4: 2.0, 6: 3.0, 8: 0.5}  # lower is better
 class Judged(BoringModel):
     """Validates after every second step, and is killed in or after the validation of one.
 
-    known: for each validated step, what the callbacks then know of the best and of patience.
+    known: for each validated step, what the callbacks then know of the best and of patience, and
+    for each step of training what it has drawn.
     """
 
-    def __init__(self, killed: str, known: dict[int, Any]) -> None:
+    def __init__(self, killed: str, known: dict[Any, Any]) -> None:
         super().__init__()
         self.killed, self.known = killed, known
 
@@ -225,12 +228,16 @@ class Judged(BoringModel):
             [Path(path).name for path in best.best_k_models],
         )
 
+    def training_step(self, *arguments: Any) -> Any:
+        self.known["drawn", self.global_step] = torch.rand(1).item()
+        return super().training_step(*arguments)
+
     def on_train_batch_start(self, *_: Any) -> None:
         if self.killed == f"after {self.global_step}":
             raise Killed
 
 
-def judged(folder: Path, killed: str = "never", known: dict[int, Any] | None = None) -> Any:
+def judged(folder: Path, killed: str = "never", known: dict[Any, Any] | None = None) -> Any:
     """Train from the newest checkpoint in the folder. Return what is known, and all checkpoints."""
     known = {} if known is None else known
     words = ["trainer.early_stopping=9", "trainer.checkpoint_every=2"]
@@ -241,20 +248,28 @@ def judged(folder: Path, killed: str = "never", known: dict[int, Any] | None = N
     ]
     how = {"max_epochs": -1, "max_steps": 8, "val_check_interval": 2, "limit_val_batches": 1}
     how |= {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    trainer = users_trainer(1, "auto", callbacks=callbacks, enable_checkpointing=True, **how)
+    strategy = ExpertParallelStrategy()
+    trainer = users_trainer(1, strategy, callbacks=callbacks, enable_checkpointing=True, **how)
     saved = (folder / "checkpoints").glob("*.ckpt")
     newest = max(saved, key=lambda path: (path.stem.rpartition("=")[2], path.name), default=None)
+    torch.manual_seed(0 if newest is None else 1)
     trainer.fit(Judged(killed, known), ckpt_path=newest, weights_only=True)
     return known, sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("killed", ["in 4", "after 4", "after 6", "in 8"])
-def test_a_run_that_is_killed_in_or_after_a_validation_loses_none(killed, tmp_path):
+@pytest.mark.parametrize(
+    "kills", [["in 4"], ["after 4"], ["after 6"], ["in 8"], ["in 2", "after 2"]], ids=", ".join
+)
+def test_a_run_that_is_killed_in_or_after_a_validation_loses_nothing(kills, tmp_path):
     whole = judged(tmp_path / "whole")
     assert whole[0][8] == (0, ["best-step=8.ckpt"]) and whole[0][6][0] == 2
-    known = dict[int, Any]()
-    with pytest.raises(Killed):
-        judged(tmp_path / "cut", killed, known)
+    known = dict[Any, Any]()
+    for killed in kills:
+        with pytest.raises(Killed):
+            judged(tmp_path / "cut", killed, known)
+        step = killed.split()[1]
+        saved = {f"step={step}.ckpt", f"best-step={step}.ckpt"}
+        assert saved & {path.name for path in (tmp_path / "cut/checkpoints").iterdir()}
     assert judged(tmp_path / "cut", known=known) == whole
 
 
@@ -266,5 +281,7 @@ def early_stopping(patience: int) -> EarlyStopping:
 def test_a_resumed_run_stops_early_with_the_patience_of_its_configuration():
     three, ten = early_stopping(3), early_stopping(10)
     three.wait_count = 3
+    three.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
     ten.load_state_dict(three.state_dict())
     assert (ten.patience, ten.wait_count) == (10, 3)
+    assert ten.stopping_reason == EarlyStoppingReason.NOT_STOPPED, "of an earlier part of the run"

@@ -176,6 +176,12 @@ def test_of_checkpoints_of_one_step_the_last_written_or_that_of_a_validation_is_
         write(tmp_path / name, 7)
         os.utime(tmp_path / name, (i, i))  # a copy of a run has other times
     assert durable.newest_good(tmp_path).name == "best-step=7.ckpt"
+    write(tmp_path / "step=9.ckpt", 9)
+    assert durable.newest_good(tmp_path, step=7).name == "best-step=7.ckpt"
+    os.truncate(tmp_path / "best-step=7.ckpt/shard-2.safetensors", 5)
+    with pytest.warns(UserWarning, match="passed over: .*best-step=7"):
+        assert durable.newest_good(tmp_path, share=durable.UNREAD, step=7).name == "a.ckpt"
+    shutil.rmtree(tmp_path / "step=9.ckpt")
     (tmp_path / "best-step=7.ckpt").rename(tmp_path / "removed")
     assert durable.newest_good(tmp_path).name == "a.ckpt"
 

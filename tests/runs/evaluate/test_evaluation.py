@@ -15,6 +15,7 @@ from torch import Tensor
 
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.load import load_config
+from scmoe.parallel.checkpoint import loading
 from scmoe.parallel.mesh import Mesh
 from scmoe.runs.evaluate import evaluation, scoring
 from scmoe.runs.evaluate.scoring import Scorer, run_on_rank_zero, score_test_split
@@ -161,22 +162,25 @@ def test_a_wrong_request_is_one_line(runs, words, says, monkeypatch):
     assert says in done.err
 
 
-@pytest.mark.parametrize(("after", "code"), [("read_material", 2), ("measure", 0)])
-def test_a_checkpoint_may_be_replaced_meanwhile(runs, tmp_path, monkeypatch, after, code):
-    """The run still trains. Before the checkpoint is read, that is one line; afterwards it changes
-    nothing."""
+@pytest.mark.parametrize(
+    ("module", "after", "code"),
+    [(evaluation, "read_material", 2), (loading, "tensors_of", 2), (evaluation, "measure", 0)],
+)
+def test_a_checkpoint_may_be_replaced_meanwhile(runs, tmp_path, monkeypatch, module, after, code):
+    """The run still trains. Before the checkpoint is read, or while it is, that is one line;
+    afterwards it changes nothing."""
     run_dir = Path(shutil.copytree(runs["dgmoe"], tmp_path / "run"))
-    whole = getattr(evaluation, after)
+    whole = getattr(module, after)
 
     def replaced(*arguments: Any) -> Any:
         result = whole(*arguments)
-        shutil.rmtree(run_dir / "checkpoints/step=3.ckpt")
+        shutil.rmtree(run_dir / "checkpoints/step=3.ckpt", ignore_errors=True)
         return result
 
-    monkeypatch.setattr(evaluation, after, replaced)
+    monkeypatch.setattr(module, after, replaced)
     done = called("evaluate", str(run_dir), "logger.mode=disabled")
     assert done.code == code
-    assert (f"error: {run_dir} still trains, and has replaced" in done.err) == (code == 2)
+    assert ("checkpoints/step=3.ckpt is gone: " in done.err) == (code == 2)
 
 
 @pytest.mark.faults  # a W&B server; a run's own id: tests/training/run/test_loggers.py

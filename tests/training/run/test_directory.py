@@ -13,7 +13,6 @@ from threading import Barrier
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.config.installation import scmoe
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
@@ -131,12 +130,12 @@ def test_a_half_row_of_an_earlier_crash_is_left_out(tmp_path):
     )
 
 
-def test_rows_up_to_a_checkpoint_are_in_the_file_when_it_is_saved(tmp_path):
-    """A run that is killed then and resumed from it does not log them again."""
-    logger = csv_logger(tmp_path, None)
-    logger.log_metrics({"val/loss": 4.0}, 3)
-    logger.after_save_checkpoint(ModelCheckpoint())
-    assert rows_of(tmp_path / "metrics.csv") == [{"step": "3", "val/loss": "4.0"}]
+def test_the_row_of_a_validation_that_is_done_again_is_not_kept(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n2,5.0,\n2,,6.0\n3,4.0,\n")
+    csv_logger(tmp_path, 3)
+    assert len(rows_of(tmp_path / "metrics.csv")) == 2
+    csv_logger(tmp_path, 3, validates_again=True)
+    assert rows_of(tmp_path / "metrics.csv") == [{"step": "2", "train/loss": "5.0"}]
 
 
 def test_metrics_begin_with_step_tokens_and_losses_also_after_a_resumption(tmp_path):

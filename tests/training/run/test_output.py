@@ -103,6 +103,14 @@ def test_a_run_that_another_process_has_resumed_meanwhile_is_refused(tmp_path, m
     assert [*tmp_path.iterdir()] == [state], "nothing of the run is written"
 
 
+def test_a_run_that_has_gone_on_meanwhile_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_output, "find_checkpoint", lambda *_, **__: tmp_path / "step=5.ckpt")
+    resumed = Resumed(tmp_path, tmp_path / "step=3.ckpt", None)
+    with pytest.raises(ConfigError, match="has gone on since"), opened(resumed=resumed):
+        pass
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     resumed = Resumed(tmp_path / "a", tmp_path, None)

@@ -60,3 +60,10 @@ def test_all_ways_are_timed_on_the_same_tokens(monkeypatch):
     resident, blocking, determinate = times.seconds.values()
     assert resident == blocking == determinate
     assert len(set(resident)) == times.kept == 4 < times.tried
+
+
+def test_a_way_can_take_away_what_blocking_costs_beyond_the_exposed_part_of_a_fetch():
+    """A fetch of 10 s beside 4 s of computation leaves 6 of the 12 that blocking costs."""
+    assert ways.most_hidden(10, 4, 12) == 0.5
+    assert ways.most_hidden(10, 10, 12) == ways.most_hidden(3, 10, 4) == 1
+    assert ways.most_hidden(10, 0, 8) == 0
