@@ -186,5 +186,6 @@ def draw(trends: Mapping[str, Trend], path: Path) -> None:
         axis.set_xscale("log")
         axis.set(xlabel="FLOPs of a training", ylabel="difference in loss,\nnats per token")
         axis.grid()
-        heading(figure, "Quality by compute\nA slope is for ten times the compute; lower is better")
+        how = "Below 0 Pos-2 is better; a slope is for ten times the compute"
+        heading(figure, f"Quality by compute\n{how}")
         figure.legend(loc="outside lower left", ncols=1)

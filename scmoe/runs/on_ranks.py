@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.distributed.checkpoint import CheckpointException
-
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.halved_batches import SENDS_NO_ROWS, travel_overrides
@@ -116,7 +114,7 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
         checkpoint = None if exported else weights
         try:
             trainer.validate(module, [], checkpoint, verbose=False, weights_only=True)
-        except (BrokenCheckpoint, CheckpointException, OSError) as error:
+        except (BrokenCheckpoint, OSError) as error:
             if isinstance(error, MissingCheckpoint) or not weights.exists():
                 raise ConfigError(
                     f"{relative(weights)} is gone: a run that still trains replaces its"

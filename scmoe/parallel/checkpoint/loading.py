@@ -38,7 +38,7 @@ from scmoe.parallel.checkpoint.state import (
     tied_weights,
     with_dtensors,
 )
-from scmoe.parallel.checkpoint.together import together
+from scmoe.parallel.checkpoint.together import reading, together
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
 # what the names of the network's weights begin with: the LightningModule's, and its `model`
@@ -119,7 +119,7 @@ def load_checkpoint(path: Any) -> dict[str, Any]:
 
 def _fill(tensors: dict[str, Tensor], path: Path) -> None:
     """Read into these tensors in one process."""
-    with warnings.catch_warnings():
+    with reading(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
@@ -162,11 +162,12 @@ def load_in_place(
         wanted |= {f"rng.{name}.{mesh.rank}": state for name, state in meta["rng_states"].items()}
     others = {name: _allocated(stored[name]) for name in stored_in([entries, further, meta])}
     wanted |= others
-    dcp.load(
-        wanted,
-        storage_reader=HuggingFaceStorageReader(str(path)),
-        process_group=mesh.checkpoint_group,
-    )
+    with reading(path):
+        dcp.load(
+            wanted,
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            process_group=mesh.checkpoint_group,
+        )
     _give(module, state, wanted, with_tensors(entries, others))
     if groups:
         _put_further_state(module, optimizers, with_tensors(further, others))

@@ -28,7 +28,12 @@ from scmoe.parallel.checkpoint.loading import load_in_place
 from scmoe.parallel.checkpoint.of_ranks import Reasons, contents
 from scmoe.parallel.checkpoint.remote import Place, Upload
 from scmoe.parallel.checkpoint.state import META, set_rng_states
-from scmoe.parallel.checkpoint.together import in_background, same_error_on_all_ranks, together
+from scmoe.parallel.checkpoint.together import (
+    first_failure,
+    in_background,
+    same_error_on_all_ranks,
+    together,
+)
 from scmoe.parallel.mesh import Mesh
 
 
@@ -155,9 +160,8 @@ class Saving:
             yield
         except dcp.CheckpointException as error:  # a BaseException
             self.draft.discard()
-            rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
             what = f"{self.path} could not be written; older checkpoints are unchanged"
-            raise OSError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from None
+            raise OSError(f"{what}: {first_failure(error)}") from None
         except Exception:
             self.draft.discard()
             raise

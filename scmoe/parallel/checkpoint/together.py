@@ -4,11 +4,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
+from scmoe.parallel.checkpoint.durable import BrokenCheckpoint
 from scmoe.parallel.mesh import Mesh
 
 
@@ -66,6 +69,22 @@ def in_background(work: Callable[[], None]) -> Future[None]:
 
     threading.Thread(target=do, name="checkpoint", daemon=True).start()
     return done
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise BrokenCheckpoint where a file can no longer be read inside: a run that still trains
+    removes its older checkpoints."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        raise BrokenCheckpoint(f"{path} cannot be read: {first_failure(error)}") from None
+
+
+def first_failure(error: dcp.CheckpointException) -> str:
+    """Return the rank with the lowest number that has failed, and why."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def _raise_first(mesh: Mesh, failure: Exception | None, group: Any) -> None:
