@@ -169,7 +169,7 @@ class RunningJob:
         self.has_begun = False  # the first batch of this training
         # batches of this validation, test or prediction at which all ranks can still ask
         self.polls_left = 0
-        # max_steps, while the validation of the last step is done in a resumed run
+        # max_steps, until the validation of that step begins in a resumed run
         self.last_step: int | None = None
         self.poll: Poll
         self.trainer: Any = None
@@ -200,6 +200,8 @@ class RunningJob:
     def begin_training(self) -> None:
         check_even("train", [self.trainer.num_training_batches], self.mesh)
         self.has_begun = False
+        if loops.forget_undue_validation(self.trainer):
+            self._keep_last_step()
         self.ask()  # so that no rank begins the first batch if one was stopped before it
         launch.skip_sigterm_broadcast(self.trainer)
 
@@ -223,6 +225,9 @@ class RunningJob:
         else:
             self.begin("val", trainer.num_val_batches)
             loops.forget_stopped_validation(trainer)
+            self._keep_last_step()
+            if loops.is_fitting(trainer):  # it may come before the first batch
+                self.checkpoints.restore_random_state()
 
     def begin(self, stage: str, batches: Sequence[float]) -> None:
         """Let ranks ask at as many batches as the rank with the fewest has.
@@ -260,13 +265,12 @@ class RunningJob:
         if self.last_step is not None:
             loops.set_max_steps(self.trainer, self.last_step + 1)
 
-    def _end_left_validation(self) -> None:
+    def _keep_last_step(self) -> None:
         if self.last_step is not None:
             loops.set_max_steps(self.trainer, self.last_step)
             self.last_step = None
 
     def end_evaluation(self) -> None:
-        self._end_left_validation()
         self.polls_left = 0
         self.stop.take()
         # so that what follows finds the weights that optimizers hold
@@ -320,7 +324,7 @@ class RunningJob:
 
         ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, saves.LastCheckpoint)]
         if ours:
-            ours[0].save(trainer)
+            ours[0].save_at_stop(trainer)
         elif requeue and self.stop.requeue is not None:
             self.checkpoints.finish()
             # the job must not end before the checkpoint is complete
@@ -343,7 +347,7 @@ class RunningJob:
         """Complete the saves and give the signals back."""
         if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
             return
-        self._end_left_validation()
+        self._keep_last_step()
         if loops.was_interrupted(self.trainer):  # other ranks may never come here
             give_up_groups()
         else:

@@ -116,7 +116,6 @@ def save_or_postpone(
         )
         checkpoints.postponed[located(path)] = "optimizer_states" not in state
         return
-    checkpoints.restore_random_state()  # a validation may be done before the first batch
     written = own_part(module, state["state_dict"], mesh)
     checkpoints.save(
         located(path), state | {"state_dict": written, "tied_weights": tied_weights(module)}, module

@@ -75,9 +75,12 @@ def validation_is_left(state: Mapping[str, Any]) -> bool:
 
     state: Lightning's, without tensors.
     """
-    batches = state["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+    return _is_left(state["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"])
+
+
+def _is_left(batches: Mapping[str, int]) -> bool:
     is_begun = batches["ready"] == batches["started"] == batches["processed"] + 1
-    return bool(is_begun and batches["completed"] == batches["processed"])
+    return is_begun and batches["completed"] == batches["processed"]
 
 
 def last_step_to_validate(trainer: Any, state: Mapping[str, Any]) -> int | None:
@@ -88,6 +91,19 @@ def last_step_to_validate(trainer: Any, state: Mapping[str, Any]) -> int | None:
     max_steps = trainer.fit_loop.max_steps
     is_last = is_fitting(trainer) and state.get("global_step") == max_steps
     return int(max_steps) if is_last and validation_is_left(state) else None
+
+
+def forget_undue_validation(trainer: Any) -> bool:
+    """Return, as a resumed training starts, whether it has a validation left that it does not do.
+
+    It validates after other steps now, or no more. Its checkpoints do not say that it is left.
+    """
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    is_due = validates_next(trainer) and sum(trainer.num_val_batches) > 0
+    is_undue = _is_left(progress.state_dict()["total"]) and not is_due
+    if is_undue:
+        progress.reset()
+    return is_undue
 
 
 def set_max_steps(trainer: Any, max_steps: int) -> None:

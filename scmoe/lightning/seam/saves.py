@@ -159,9 +159,6 @@ class LastCheckpoint(ModelCheckpoint):
         with loops.leaving_validation(trainer):
             self._save_if_due(trainer)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save nothing: it is saved already."""
-
     def _save_if_due(self, trainer: Any) -> None:
         is_due = self.save_top_k and trainer.global_step % self.every_n_steps == 0
         if is_due and not self._should_skip_saving_checkpoint(trainer):
@@ -173,9 +170,18 @@ class LastCheckpoint(ModelCheckpoint):
         self.best_model_path = str(Path(self.dirpath) / f"step={trainer.global_step}.ckpt")
         self._save_checkpoint(trainer, self.best_model_path)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.save_top_k and self._last_global_step_saved != trainer.global_step:
+    def save_at_stop(self, trainer: Any) -> None:
+        """Save the current step, unless that was done as the running validation began. Every rank
+        must call it."""
+        if not (trainer.validating and self._is_saved(trainer)):
             self.save(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.save_top_k and not self._is_saved(trainer):
+            self.save(trainer)
+
+    def _is_saved(self, trainer: Any) -> bool:
+        return bool(self._last_global_step_saved == trainer.global_step)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

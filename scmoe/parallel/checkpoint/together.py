@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from scmoe.parallel.checkpoint.durable import BrokenCheckpoint
+from scmoe.parallel.checkpoint.durable import MissingCheckpoint
 from scmoe.parallel.mesh import Mesh
 
 
@@ -73,12 +73,13 @@ def in_background(work: Callable[[], None]) -> Future[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise BrokenCheckpoint where a file can no longer be read inside: a run that still trains
-    removes its older checkpoints."""
+    """Raise MissingCheckpoint inside where the checkpoint is gone, as a run that still trains
+    removes older ones, and OSError for another failure."""
     try:
         yield
-    except dcp.CheckpointException as error:
-        raise BrokenCheckpoint(f"{path} cannot be read: {first_failure(error)}") from None
+    except dcp.CheckpointException as error:  # a BaseException
+        kind = OSError if path.exists() else MissingCheckpoint
+        raise kind(f"{path} cannot be read: {first_failure(error)}") from None
 
 
 def first_failure(error: dcp.CheckpointException) -> str:

@@ -32,7 +32,7 @@ class ProfileSteps(Callback):
         self.first, self.end = map(int, steps.split(":"))
         self.folder = folder
         self.running: profile | None = None
-        self.step = 0  # that is recorded
+        self.step = 0  # of the last batch
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.folder = trainer.strategy.broadcast(self.folder)
@@ -44,14 +44,13 @@ class ProfileSteps(Callback):
                 activities=[ProfilerActivity.CPU, *on_gpu], schedule=record_every_step
             )
             self.running.start()
-            self.step = trainer.global_step
+        elif self.running is not None and trainer.global_step > self.step:
+            self.running.step()
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if trainer.global_step == self.end:
             self.on_train_end(trainer, module)
-        elif self.running is not None and trainer.global_step > self.step:
-            self.running.step()
-            self.step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         """Write the trace. The run may end before the last step that was asked for."""

@@ -27,11 +27,9 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.files import redacted, relative, try_to_write_json
-from scmoe.lightning.seam.loops import validation_is_left
 from scmoe.lightning.seam.saves import Patience
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint, checkpoints, read_manifest
-from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.report import console, say
 from scmoe.training.run.directory import create_run_dir, kept_state, refuse_running, write_config
 from scmoe.training.run.loggers import (
@@ -48,6 +46,7 @@ from scmoe.training.run.resume import (
     record_path,
     set_aside,
     set_aside_later,
+    validates_again,
 )
 from scmoe.training.run.summary import summary_panel
 
@@ -148,8 +147,8 @@ def open_output(
         try:
             if not quiet:
                 print_start(public, model, run_dir, resumed and resumed.checkpoint)
-            left = resumed is not None and validation_is_left(read_meta(resumed.checkpoint))
-            loggers += build_loggers(public, run_dir, step, validates_again=left)
+            again = resumed is not None and validates_again(resumed.checkpoint, config)
+            loggers += build_loggers(public, run_dir, step, validates_again=again)
             if not quiet:
                 console().print(f"metrics go to {listed([*map(describe, loggers)])}")
             if resumed is not None and resumed.step is not None:

@@ -22,6 +22,7 @@ from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
 from scmoe.files import read_json, relative
+from scmoe.lightning.seam.loops import validation_is_left
 from scmoe.parallel.checkpoint.durable import (
     UNREAD,
     BrokenCheckpoint,
@@ -229,6 +230,14 @@ def refuse_other_model(
             raise ConfigError(
                 f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}"
             )
+
+
+def validates_again(checkpoint: Path, config: Config) -> bool:
+    """Return whether a run first does the validation of the step that it goes on from. config: of
+    the resumption, which may validate after other steps."""
+    trainer = config.trainer
+    is_due = read_manifest(checkpoint)["step"] % trainer.val_every == 0
+    return is_due and trainer.limit_val_batches != 0 and validation_is_left(read_meta(checkpoint))
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:

@@ -17,9 +17,11 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load_config
+from scmoe.lightning.seam import loops
 from scmoe.lightning.seam.saves import LastCheckpoint
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, seed_everything
@@ -237,8 +239,12 @@ class Judged(BoringModel):
             raise Killed
 
 
-def judged(folder: Path, killed: str = "never", known: dict[Any, Any] | None = None) -> Any:
-    """Train from the newest checkpoint in the folder. Return what is known, and all checkpoints."""
+def judged(
+    folder: Path, killed: str = "never", known: dict[Any, Any] | None = None, **further: Any
+) -> Any:
+    """Train from the newest checkpoint in the folder. Return what is known, and all checkpoints.
+
+    further: arguments of the Trainer."""
     known = {} if known is None else known
     words = ["trainer.early_stopping=9", "trainer.checkpoint_every=2"]
     callbacks = [
@@ -247,7 +253,7 @@ def judged(folder: Path, killed: str = "never", known: dict[Any, Any] | None = N
         if isinstance(c, ModelCheckpoint | EarlyStopping)
     ]
     how = {"max_epochs": -1, "max_steps": 8, "val_check_interval": 2, "limit_val_batches": 1}
-    how |= {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    how |= {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0, **further}
     strategy = ExpertParallelStrategy()
     trainer = users_trainer(1, strategy, callbacks=callbacks, enable_checkpointing=True, **how)
     saved = (folder / "checkpoints").glob("*.ckpt")
@@ -271,6 +277,18 @@ def test_a_run_that_is_killed_in_or_after_a_validation_loses_nothing(kills, tmp_
         saved = {f"step={step}.ckpt", f"best-step={step}.ckpt"}
         assert saved & {path.name for path in (tmp_path / "cut/checkpoints").iterdir()}
     assert judged(tmp_path / "cut", known=known) == whole
+
+
+@pytest.mark.parametrize("change", [{"limit_val_batches": 0}, {"val_check_interval": 3}], ids=str)
+def test_a_validation_that_is_left_is_dropped_where_it_is_not_due_any_more(change, tmp_path):
+    """The training has all its steps then, and takes no further one."""
+    with pytest.raises(Killed):
+        judged(tmp_path, "in 8")
+    known, files = judged(tmp_path, **change)
+    assert known == {} and files == ["best-step=2.ckpt", "step=8.ckpt"]
+    known, _ = judged(tmp_path, max_steps=9, limit_val_batches=0)
+    assert known.keys() == {("drawn", 8)}
+    assert not loops.validation_is_left(read_meta(tmp_path / "checkpoints/step=9.ckpt"))
 
 
 def early_stopping(patience: int) -> EarlyStopping:

@@ -3,6 +3,7 @@
 import json
 from contextlib import AbstractContextManager, redirect_stderr
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scmoe.config.registry import FAMILIES
 from scmoe.parallel.checkpoint.durable import machine
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.run import output as run_output
+from scmoe.training.run import resume
 from scmoe.training.run.directory import write_state
 from scmoe.training.run.output import RunOutput, open_output, print_start, resume_command
 from scmoe.training.run.resume import Resumed
@@ -109,6 +111,22 @@ def test_a_run_that_has_gone_on_meanwhile_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has gone on since"), opened(resumed=resumed):
         pass
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "again"),
+    [
+        ("trainer.val_every=100", True),
+        ("trainer.val_every=150", False),
+        ("trainer.limit_val_batches=0", False),
+    ],
+)
+def test_a_row_is_logged_again_only_where_its_validation_is_done_again(word, again, monkeypatch):
+    total = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress = {"epoch_loop.val_loop.batch_progress": {"total": total}}
+    monkeypatch.setattr(resume, "read_manifest", lambda _: {"step": 200})
+    monkeypatch.setattr(resume, "read_meta", lambda _: {"loops": {"fit_loop": progress}})
+    assert resume.validates_again(Path("a"), load_config(None, [word])) is again
 
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
