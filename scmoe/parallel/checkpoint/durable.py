@@ -210,8 +210,8 @@ def newest_good(
             candidates.append((read_manifest(path)["step"], rank_in_step(path), path))
         except (BrokenCheckpoint, FileNotFoundError) as error:  # a training may remove it
             warnings.warn(f"passed over: {error}", stacklevel=2)
-    for at, _, path in sorted(candidates, reverse=True):
-        if step not in (None, at):
+    for candidate_step, _, path in sorted(candidates, reverse=True):
+        if step not in (None, candidate_step):
             continue
         try:
             verify(path, share)
