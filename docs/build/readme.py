@@ -65,13 +65,13 @@ of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 row at its best learning rate, equal tokens: Pos-2's loss minus a shared expert's, the same model \
 without the shortcut, is {registered[shared]}; minus top-2's {registered[top2]}; minus that of \
 top-2 with as many parameters {registered[equal_size]} ([registered before its first \
-run](docs/results/{registered_page}/table.md); each interval has the level of its interim test, \
-91 % for the first and 99.9 % for the others). The rate decays to 0. With a decay to a \
+run](docs/results/{registered_page}/table.md); each interval has the level of the test that \
+decided, 91 % for the first and 99.9 % for the others). The rate decays to 0. With a decay to a \
 tenth and rates of a shorter search, [Table 3's twin](docs/results/{table}/table.md) shows no \
 difference. With that decay and half the steps, Pos-2's loss minus a shared expert's is \
-{shorter} ([Table 7 again](docs/results/table7-small/table.md)). At width \
-{widest.width} in place of 64, with rates that were not searched, it is {widest.text} \
-([trend](docs/results/trend.md)).
+{shorter} ([Table 7 again](docs/results/table7-small/table.md)). In the \
+registered training at width {widest.width} in place of 64, with rates that were not searched, \
+it is {widest.text} ([trend](docs/results/trend.md)).
 
 """
 
@@ -93,17 +93,17 @@ parameters {registered[equal_size]} ([registered before its first \
 run]({registered_page}/table.md)). With rates \
 that were searched at half length, [Table 3's twin]({table}/table.md) saw no difference at equal \
 tokens ({equal}; {seeds} seeds). With half the steps and a decay to a tenth, Pos-2's loss minus a \
-shared expert's is {shorter} ([Table 7 again](table7-small/table.md)). At width \
-{widest.width} in place of 64, with rates that were not searched, it is {widest.text} \
-([trend](trend.md)).
+shared expert's is {shorter} ([Table 7 again](table7-small/table.md)). In the \
+registered training at width {widest.width} in place of 64, with rates that were not searched, \
+it is {widest.text} ([trend](trend.md)).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
 trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). It also loses with few \
 tokens a rank and, to a shared expert with two batches, at a large share: line 2.
 5. **Not measured:** any GPU, NCCL, two machines, the paper's sizes ([list](#not-run-yet)).
 
 Speeds are medians with quartiles over the rounds of one run a bench. Losses are means with \
-intervals of 95 %, joint in each table below; line 3's first three have the levels of their \
-interim tests.
+intervals of 95 %, joint in each table below; line 3's first three have the levels of the \
+tests that decided.
 """
 
 

@@ -197,6 +197,21 @@ class RunningJob:
                 " nothing",
             )
 
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Let a training go on that has all its steps and was stopped in its last validation.
+
+        state: of the checkpoint, before Lightning restores its loops.
+        """
+        self.last_step = loops.last_step_to_validate(self.trainer, state)
+        if self.last_step is not None:
+            loops.set_max_steps(self.trainer, self.last_step + 1)
+
+    def _keep_last_step(self) -> None:
+        """Let training end at its last step again."""
+        if self.last_step is not None:
+            loops.set_max_steps(self.trainer, self.last_step)
+            self.last_step = None
+
     def begin_training(self) -> None:
         check_even("train", [self.trainer.num_training_batches], self.mesh)
         self.has_begun = False
@@ -255,20 +270,6 @@ class RunningJob:
             self.polls_left -= 1
             self.ask()
         self.wire.begin_batch(tensors_in(inputs))
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Let a training go on that has all its steps and was stopped in its last validation.
-
-        state: of the checkpoint, before Lightning restores its loops.
-        """
-        self.last_step = loops.last_step_to_validate(self.trainer, state)
-        if self.last_step is not None:
-            loops.set_max_steps(self.trainer, self.last_step + 1)
-
-    def _keep_last_step(self) -> None:
-        if self.last_step is not None:
-            loops.set_max_steps(self.trainer, self.last_step)
-            self.last_step = None
 
     def end_evaluation(self) -> None:
         self.polls_left = 0

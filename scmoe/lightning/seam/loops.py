@@ -94,9 +94,10 @@ def last_step_to_validate(trainer: Any, state: Mapping[str, Any]) -> int | None:
 
 
 def forget_undue_validation(trainer: Any) -> bool:
-    """Return, as a resumed training starts, whether it has a validation left that it does not do.
+    """Forget a validation that is left, as a training starts, if that training does not do it.
 
-    It validates after other steps now, or no more. Its checkpoints do not say that it is left.
+    It validates after other steps now, or no more. Its own checkpoints must not say that a
+    validation is left. Return whether there was one.
     """
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     is_due = validates_next(trainer) and sum(trainer.num_val_batches) > 0

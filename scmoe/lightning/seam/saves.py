@@ -149,7 +149,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # of a resumed run
+        self._last_global_step_saved = trainer.global_step  # a resumed run has its checkpoint
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if not loops.validates_next(trainer):

@@ -95,13 +95,8 @@ def csv_logger(run_dir: Path, resumed_step: int | None, validates_again: bool = 
     """
     kept = []
     if resumed_step is not None:
-        last = resumed_step - 1  # rows count from 0
-        kept = [
-            row
-            for row in read_metrics(run_dir)
-            if (step := int(row["step"])) < last
-            or (step == last and not (validates_again and row.get("val/loss")))
-        ]
+        rows = read_metrics(run_dir)
+        kept = [row for row in rows if _is_kept(row, resumed_step, validates_again)]
     logger = SafeCSVLogger(run_dir, name="", version="")
     writer = logger.experiment
     writer.metrics_keys = Columns()
@@ -110,6 +105,12 @@ def csv_logger(run_dir: Path, resumed_step: int | None, validates_again: bool = 
         writer.metrics = kept
         logger.save()
     return logger
+
+
+def _is_kept(row: Mapping[str, str], resumed_step: int, validates_again: bool) -> bool:
+    step = int(row["step"]) + 1  # rows count from 0
+    is_repeated = validates_again and step == resumed_step and bool(row.get("val/loss"))
+    return step <= resumed_step and not is_repeated
 
 
 class Columns(list[str]):
