@@ -4,33 +4,10 @@ everywhere."""
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
-import torch
-import torch.distributed as dist
-from hypothesis import settings
 
-from experiments.engine.ranks import PRELOADED
-
-# Tests import these in ranks. Each would take a tenth of a second there, or more.
-PRELOADED[:] = [
-    "tests.support.begin_imports",
-    *PRELOADED,
-    "scmoe.training.run.train",
-    "scmoe.cli.train",
-    "torch.distributed.algorithms.ddp_comm_hooks",
-    "pytest",
-    "tests.support.commands",
-    "tests.support.resuming",
-    "tests.support.end_imports",
-]
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
-torch.set_num_threads(1)
-# the machine is shared: a slow example is not a failure
-settings.register_profile("scmoe", deadline=None, max_examples=50)
-settings.load_profile("scmoe")
-
 
 LONG = (  # a file is one worker's, so these begin first
     *("test_readme.py", "test_table.py", "test_trials.py", "test_loggers.py"),
@@ -43,20 +20,25 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection():
+def pytest_collection(session):
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return (yield)  # this process only hands out tests, so it needs no torch
+
     import tests.support.begin_imports
+    import tests.support.settings
 
     try:
         return (yield)
     finally:
-        if "lightning.pytorch" in sys.modules:  # not in the process that only hands out tests
-            import tests.support.end_imports  # noqa: F401
+        import tests.support.end_imports  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def no_traces_of_a_launcher():
     """Remove what a Trainer in this process has set, or every program that a later test starts
     would take its port. End its process group, or a later test could make none."""
+    import torch.distributed as dist
+
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
@@ -68,6 +50,8 @@ def no_traces_of_a_launcher():
 def one_thread():
     """Set the number of threads before and after each test. A Trainer in this process sets its own
     for good, and on busy cores small products of two threads take several times as long."""
+    import torch
+
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
