@@ -41,11 +41,13 @@ class Tokenizer:
 
     def __init__(self, inner: "tokenizers.Tokenizer", origin: str) -> None:
         self.origin = origin
-        ends = {token: i for token in ENDS if (i := inner.token_to_id(token)) is not None}
-        if not ends:
+        added = inner.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        ends = {token: special[token] for token in ENDS if token in special}
+        if not ends:  # a token that is not special also stands for text that spells it out
             raise ValueError(
-                f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)}; add a special"
-                " token"
+                f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)} as a special"
+                " token; add one"
             )
         self._bytes: list[int] | None = None  # ids of BYTE_TOKENS, in a vocabulary of LLaMA's kind
         if getattr(inner.model, "byte_fallback", False):

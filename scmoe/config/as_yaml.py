@@ -7,11 +7,23 @@ import yaml
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten, leaves
+from scmoe.config.untyped import guessed
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts into quotes that would be read as a number or null where no field has a type."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if guessed(text) == text else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def to_yaml(config: Config) -> str:
     """Return every field as YAML; `load_config` reads an equal Config from it."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def changes_to_yaml(config: Config) -> str:
@@ -25,4 +37,4 @@ def changes_to_yaml(config: Config) -> str:
             for section in sections:
                 mapping = mapping.setdefault(section, {})
             mapping[name] = leaf.value
-    return yaml.safe_dump(changed, sort_keys=False) if changed else ""
+    return yaml.dump(changed, Dumper=_Dumper, sort_keys=False) if changed else ""

@@ -10,10 +10,8 @@ interpolated. Tags, anchors, aliases and repeated keys are errors.
 """
 
 import copy
-import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -27,6 +25,7 @@ from scmoe.config.installation import refuse_old_omegaconf, scmoe
 from scmoe.config.leaves import ConfigError, leaves, show, show_typed
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import validate
+from scmoe.config.untyped import NULL, Quoted, guessed
 
 refuse_old_omegaconf(__version__)
 
@@ -35,8 +34,6 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
-_NULL = ("", "~", "null", "None")
-_NOT_FINITE = {".inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}  # as YAML writes them
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -221,7 +218,7 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
         if not in_mapping and key not in _LEAVES and key not in _SECTIONS:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
         try:
-            typed = _guessed(value) if in_mapping else _typed(key, value)
+            typed = _untyped(value) if in_mapping else _typed(key, value)
             OmegaConf.update(tree, key, typed, merge=False, force_add=in_mapping)
         except ValueError as error:  # OmegaConf's ValidationError is one
             hint = "; no interpolation" if "${" in str(value) else ""
@@ -251,30 +248,19 @@ def _typed(key: str, value: Any) -> Any:
     if leaf.type == dict[str, Any] and value == {}:  # one with entries comes entry by entry
         return {}
     if isinstance(value, list) and leaf.type in (list[str], list[int]):
-        return [_text(each) for each in value]
-    text = _text(value)
+        return [str(_text(each)) for each in value]
+    text = str(_text(value))
     if leaf.type == dict[str, Any] or (leaf.type is bool and text.lower() not in ("true", "false")):
         raise ValueError  # OmegaConf reads any number as true
     choices = {str(choice): choice for choice in leaf.choices}
-    return None if text in _NULL else choices.get(text, text)
+    return None if text in NULL else choices.get(text, text)
 
 
-def _guessed(value: Any) -> Any:
-    """Return a value of a mapping whose entries have no type here.
-
-    It is null, true or false, a number, else a text.
-    """
+def _untyped(value: Any) -> Any:
+    """Return a value of a mapping whose entries have no type here. Raises ValueError as `_text`."""
     if isinstance(value, list):
-        return [_guessed(each) for each in value]
-    if value == {}:  # a callback without options
-        return {}
-    text = _text(value)
-    if text in _NULL or text.lower() in ("true", "false"):
-        return None if text in _NULL else text.lower() == "true"
-    for number in (int, float):
-        with suppress(ValueError):
-            return number(text)
-    return _NOT_FINITE.get(text, text)
+        return [_untyped(each) for each in value]
+    return {} if value == {} else guessed(_text(value))  # {}: a callback without options
 
 
 def _text(value: Any) -> str:
@@ -324,6 +310,10 @@ class _Loader(yaml.BaseLoader):
 
     fetch_anchor = fetch_alias = fetch_tag
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text: str = super().construct_scalar(node)
+        return Quoted(text) if node.style else text
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         mapping = super().construct_mapping(node, deep)
         names = [key.value for key, _ in node.value]
@@ -336,7 +326,8 @@ class _Loader(yaml.BaseLoader):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the mappings, lists and texts of a YAML text; "" if it is empty.
+    """Return the mappings, lists and texts of a YAML text; "" if it is empty. A text in quotes is a
+    `Quoted`.
 
     source: the file or "command line", for error messages. Raises ConfigError for other YAML.
     """

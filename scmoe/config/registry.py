@@ -8,7 +8,6 @@ too, because a configuration is checked before torch is imported. A user's own m
 names. docs/extending.md says what each function gets and returns.
 """
 
-import json
 import re
 import sys
 import traceback
@@ -17,6 +16,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from scmoe.config.leaves import ConfigError, show
+from scmoe.config.untyped import as_word
 from scmoe.schedule.schedule import POSITIONS_OF
 
 # A name becomes a key of the configuration, and a part of messages.
@@ -85,7 +85,6 @@ CALLBACKS = Registry("callback")
 # CONFIG. The configuration in a run, a checkpoint or an export may be another person's. It imports
 # nothing: `evaluate`, `generate`, `export`, `resume` and `scmoe.load` refuse its extensions unless
 # the command line names them again, or the user's own program has imported them.
-PLAIN_WORD = re.compile(r"[\w./+-]+")
 MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
@@ -132,15 +131,10 @@ def words(extensions: Sequence[str], callbacks: Mapping[str, Any]) -> list[str]:
         overrides.append(f"extensions=[{','.join(extensions)}]")
     for name, options in callbacks.items():
         if isinstance(options, Mapping) and options:  # what is kept may have any form
-            overrides += [f"callbacks.{name}.{key}={_yaml(v)}" for key, v in options.items()]
+            overrides += [f"callbacks.{name}.{key}={as_word(v)}" for key, v in options.items()]
         else:
             overrides.append(f"callbacks.{name}={{}}")
     return overrides
-
-
-def _yaml(value: Any) -> str:
-    """Return a value as YAML of one line, without quotes where it needs none."""
-    return value if isinstance(value, str) and PLAIN_WORD.fullmatch(value) else json.dumps(value)
 
 
 def refuse_kept(names: Sequence[str], source: str) -> None:

@@ -33,8 +33,8 @@ LEAST_IDS = 2  # with one, there is nothing to predict
 def validate(config: Config, source: str, trains: bool = True) -> None:
     """Raise ConfigError for the first value or combination that cannot run.
 
-    source: where it is from. trains: False where nothing is trained: skip the rules of a training
-    with two batches in flight, such as two sequences for each rank.
+    source: where it is from. trains: False where nothing is trained: skip the rules of a training's
+    batches, such as two sequences for each rank with two batches in flight.
     """
     checks: list[Callable[[Config], Refusals]] = [
         _ranges,
@@ -50,7 +50,7 @@ def validate(config: Config, source: str, trains: bool = True) -> None:
         trainer_rules,
     ]
     if trains:
-        checks.append(two_batches_in_training)
+        checks += [_shares_of_ranks, two_batches_in_training]
     refuse(config, *checks, prefix=f"{source}: ")
 
 
@@ -244,13 +244,22 @@ def _ranks(config: Config) -> Refusals:
                 f"a width of {odd} is no multiple of the {holders} ranks that hold the same experts"
             )
             yield "strategy.dense", f"replicated, as {why}; or raise strategy.ep_size"
-    batches = world * trainer.accumulate
-    if config.data.global_batch_size % batches:
-        parts = "trainer.devices x trainer.num_nodes x trainer.accumulate"
-        yield "data.global_batch_size", f"a multiple of {parts}, {batches}"
     if strategy.wire_dtype is not None and resolve_ep_size(config) == 1:
         alone = "no rows are sent where every rank has all experts (strategy.ep_size)"
         yield "strategy.wire_dtype", f"null, as {alone}"
+
+
+def _shares_of_ranks(config: Config) -> Refusals:
+    """Check that ranks can share a training's batch equally."""
+    data = config.data
+    trainer = config.trainer
+    batches = trainer.devices * trainer.num_nodes * trainer.accumulate
+    if data.global_batch_size % batches:
+        parts = "trainer.devices x trainer.num_nodes x trainer.accumulate"
+        yield "data.global_batch_size", f"a multiple of {parts}, {batches}"
+    if (data.mixup or data.cutmix) and data.global_batch_size % (2 * batches):
+        why = "mixup and cutmix need pairs in every rank's batch"
+        yield "data.global_batch_size", f"a multiple of {2 * batches}, as {why}"
 
 
 def _offload(config: Config) -> Refusals:
@@ -293,7 +302,3 @@ def _swin(config: Config) -> Refusals:
     if any(width > model.window and width % model.window for width in widths):
         maps = ", ".join(map(str, widths))
         yield "model.window", f"a divisor of the width of each larger feature map: {maps}"
-    pairs = 2 * config.trainer.devices * config.trainer.num_nodes * config.trainer.accumulate
-    if (data.mixup or data.cutmix) and data.global_batch_size % pairs:
-        why = "mixup and cutmix need pairs in every rank's batch"
-        yield "data.global_batch_size", f"a multiple of {pairs}, as {why}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 LEAST_TEMPERATURE = 1e-30  # above 0: logits over a smaller one exceed float32
+LEAST_PENALTY = 1e-3  # and its inverse the largest; logits with a smaller one exceed float32
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}, allowed: 1 or more, or none for all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p:g}, allowed: above 0, at most 1")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not LEAST_PENALTY <= self.repetition_penalty <= 1 / LEAST_PENALTY:
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty:g}, allowed: above 0; 1 for none"
+                f"repetition_penalty is {self.repetition_penalty:g}, allowed: {LEAST_PENALTY:g} to"
+                f" {1 / LEAST_PENALTY:g}; 1 for none"
             )
 
 
@@ -58,7 +60,8 @@ def choose(
 ) -> Tensor:
     """Return [B], the id of the next token of each text.
 
-    had_BV: whether a text has a token already. generators: one for each text, on the host.
+    had_BV: whether a text has a token already. generators: one for each text, on the host. Raises
+    ValueError for logits that are not finite, unless the temperature is 0.
     """
     device = logits_BV.device
     wide_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
@@ -73,6 +76,8 @@ def choose(
     # A float32 draw is at most 1 - 2^-24, so the product with the total stays below it.
     draws_B = torch.cat([torch.rand(1, generator=generator) for generator in generators]).double()
     sums_BV = kept_BV.double().softmax(-1).cumsum(-1)
+    if not sums_BV[:, -1].isfinite().all():
+        raise ValueError("the model's logits are not finite, so no token can be drawn")
     drawn_B1 = draws_B.to(sums_BV.device)[:, None] * sums_BV[:, -1:]
     return torch.searchsorted(sums_BV, drawn_B1, right=True)[:, 0].to(device)
 
@@ -153,8 +158,8 @@ class Stopping:
         """
         assert self.decode is not None
         text = self.decode([i for i in ids if i not in self.tokens])
-        for string in self.strings:
-            text = text.partition(string)[0]
+        starts = [start for string in self.strings if (start := text.find(string)) >= 0]
+        text = text[: min(starts, default=len(text))]
         if ended:
             return text
         text = text.rstrip("\ufffd")

@@ -261,7 +261,15 @@ def batches_of(request: Request, groups: int) -> tuple[int, int]:
             )
         return request.samples or 1, 1
     if not asked.has_batch:
-        return request.samples or asked.usual_samples, accumulate
+        if request.samples:
+            return request.samples, accumulate
+        if asked.usual_samples % accumulate:
+            raise ConfigError(
+                f"trainer.accumulate is {accumulate}, allowed: a divisor of {asked.usual_samples},"
+                " the samples of a rank in a step of a preset. Or give samples=N, of a rank in a"
+                " batch."
+            )
+        return asked.usual_samples // accumulate, accumulate
     whole = config.data.global_batch_size
     if request.samples is None:
         if whole % (groups * accumulate):

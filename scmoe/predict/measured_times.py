@@ -226,6 +226,11 @@ def slowdown_of_report(
             " with --link-mbit, the rate of your network."
         )
     layout = bench["layout"] or ("dropless" if bench["loads"] else "capacity:1")
+    if job.config.trainer.recompute:  # its backward would be measured without a third forward
+        raise ConfigError(
+            f"measured is {path}, a bench, which recomputes nothing, but the job has"
+            " trainer.recompute=true. Give the plan of a run of this job: plan.json in its folder."
+        )
     usual = {**bench, "row": "top2", "blocks": "gpt", "layout": layout}
     of_job = sizes_as_benched(job, standard)
     differing = [name for name, value in of_job.items() if usual[name] != value]
@@ -252,6 +257,7 @@ def sizes_as_benched(job: Job, standard: Model) -> dict[str, Any]:
     gpt as they are by default."""
     model, moe = job.config.model, job.config.moe
     plain = (model.family, model.activation or "gelu", model.attention) == ("gpt", "gelu", "full")
+    plain = plain and model.head_dim is None and not moe.zero_experts
     padded = moe.capacity_factor is not None and rows_are_padded(job.config)
     return {
         "row": standard.name,

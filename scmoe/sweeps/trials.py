@@ -19,6 +19,7 @@ import yaml
 
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
+from scmoe.config.untyped import as_word
 from scmoe.files import write_whole
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
@@ -91,9 +92,11 @@ def _job(sweep: Sweep, state: State) -> StudyJob:
     number = state.results["number"]
     parameters = words(state.results["parameters"])
     name = f"trial-{number:03}"
-    last_words = [f"name={name}", f"runs_dir={sweep.folder}", f"logger.group={sweep.name}"]
-    if project := sweep.raw.get("project"):
-        last_words.append(f"logger.project={project}")
+    folder = as_word(str(sweep.folder))
+    last_words = [f"name={name}", f"runs_dir={folder}", f"logger.group={sweep.name}"]
+    for key in ("project", "entity"):
+        if name_at_wandb := sweep.raw.get(key):
+            last_words.append(f"logger.{key}={name_at_wandb}")
     base = sweep.base
     options = [word for word in parameters if word.startswith("callbacks.")]
 

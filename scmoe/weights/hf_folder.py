@@ -224,9 +224,10 @@ def evaluation_of(metrics: Sequence[Mapping[str, float]], step: int) -> str:
     if not done:
         return "The training had not validated it."
     loss, validated = done[-1]["val/loss"], int(done[-1]["step"]) + 1
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # a diverged run's exceeds a float
     return (
         f"Loss on the validation split of its data after {validated:,} steps: {loss:.4f} nats a"
-        f" token, a perplexity of {math.exp(loss):.4g}."
+        f" token, a perplexity of {perplexity:.4g}."
     )
 
 

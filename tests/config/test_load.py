@@ -1,6 +1,6 @@
 """Every YAML loads, and every wrong configuration gives one line before anything runs."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.command_line import call
-from scmoe.config.as_yaml import to_yaml
+from scmoe.config.as_yaml import changes_to_yaml, to_yaml
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config, LoggerConfig
 from scmoe.config.leaves import ConfigError, flatten, four_digits
@@ -293,3 +293,17 @@ def test_an_infinite_option_survives_saving():
     config = load_config(None, [extension, "options.most=inf", "options.least=-inf"])
     assert load_text(to_yaml(config), "kept", [extension]) == config
     assert config.options == {"most": float("inf"), "least": float("-inf")}
+
+
+def test_a_text_that_looks_like_another_value_survives_saving_and_stands_in_quotes(write):
+    extension = "extensions=[json]"
+    texts = {"a": "007", "b": "1e3", "c": "true", "d": "null", "e": "", "f": "nan", "g": ["1.10"]}
+    config = replace(Config(), extensions=["json"], options=texts)
+    assert load_text(to_yaml(config), "kept", [extension]).options == texts
+    assert load_text(changes_to_yaml(config), "kept", [extension]).options == texts
+    file = write("o.yaml", "extensions: [json]\noptions: {version: '1.10', 'most': 1.10}\n")
+    assert load_config(file, ["options.tag='007'"]).options == {
+        "version": "1.10",
+        "most": 1.1,
+        "tag": "007",
+    }

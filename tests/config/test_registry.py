@@ -271,7 +271,9 @@ def test_the_words_that_name_callbacks_again_are_read_as_they_were():
         "on": True,
         "off": None,
         "path": "a/b-c.txt",
-        "list": [1, "x y"],
+        "list": [1, "x y", "1e3"],
+        "texts that look like values": {"a": "007", "b": "1e3", "c": "true", "d": "null", "e": ""},
+        "signs": "\U0001f600 \x7f \x85 \u2028",
     }
     CALLBACKS.register("mine")(lambda **_: None)
     given = words(["my_architecture"], {"mine": options})

@@ -153,6 +153,8 @@ def test_a_file_that_is_no_lossless_tokenizer_is_refused(make, tmp_path):
     inner = tokenizers.Tokenizer(
         tokenizers.models.BPE({"a": 0, "<0x0A>": 1}, [], byte_fallback=True)
     )
+    inner.add_tokens(["</s>"])
+    cases[inner.to_str()] = "as a special token"
     inner.add_special_tokens(["</s>"])
     cases[inner.to_str()] = "has 1 of the 256 tokens <0x00> to <0xFF>"
     for text_, said in cases.items():

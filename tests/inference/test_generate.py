@@ -344,3 +344,17 @@ def test_a_temperature_either_chooses_a_token_of_the_vocabulary_or_is_refused():
     assert torch.equal(chosen_B, logits_BV.argmax(-1))
     with pytest.raises(ValueError, match="temperature is 1e-38"):
         Sampling(temperature=1e-38)
+
+
+def test_a_text_ends_before_the_first_stop_string_in_any_order():
+    for strings in (("bc", "abc"), ("abc", "bc")):
+        stopping = Stopping(9, strings=strings, decode=lambda ids: bytes(ids).decode())
+        assert stopping.text(list(b"xabcd")) == "x"
+
+
+def test_no_token_is_drawn_from_logits_that_are_not_finite():
+    with pytest.raises(ValueError, match=r"allowed: 0\.001 to 1000"):
+        Sampling(repetition_penalty=1e-40)
+    none = torch.zeros(1, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="not finite"):
+        choose(torch.full((1, 8), float("nan")), Sampling(), none, [torch.Generator()])

@@ -39,6 +39,12 @@ def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
     assert smaller["top2"].memory(8, 1, InFlight.ONE) <= less.memory
     given = replace(request, samples=16)
     assert job_of(given, less).accumulate == 1, "what is given is kept"
+    in_four = Request(read_asked("gpt2_moe_small", ["model.layers=2", "trainer.accumulate=4"]))
+    four = job_of(in_four, profile)
+    assert (four.accumulate, four.tokens) == (4, job.tokens)
+    in_seven = Request(read_asked("gpt2_moe_small", ["trainer.accumulate=7"]))
+    with pytest.raises(ConfigError, match="allowed: a divisor of 16"):
+        job_of(in_seven, profile)
 
 
 def test_a_stage_of_a_pipeline_has_its_layers_and_ranks():

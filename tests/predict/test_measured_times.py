@@ -205,6 +205,11 @@ def test_a_bench_s_report_says_how_long_the_operators_of_top2_take(counted, tmp_
     filled = job._replace(config=replace(job.config, moe=replace(job.config.moe, rows="filled")))
     for each, name in ((job, "capacity:2"), (filled, "dropless")):
         assert sizes_as_benched(each, models["top2"])["layout"] == name
+    recomputed = replace(job.config, trainer=replace(job.config.trainer, recompute=True))
+    simulator = Simulator(profile.machine(), job._replace(config=recomputed))
+    with pytest.raises(ConfigError, match="recomputes nothing"):
+        slowdown()
+    simulator = Simulator(profile.machine(), job)
     for changed, message in (
         ({"tokens": 512}, "bench of tokens=512, but the job has tokens=1024"),
         ({"layout": "dropless"}, "layout=dropless"),

@@ -68,3 +68,14 @@ def test_probes_of_a_training_do_not_forbid_two_batches_in_its_generation():
     assert config.schedule.batches_in_flight == 2
     with pytest.raises(ConfigError, match=r"analysis\.record_routing"):
         load_text(run, "saved", asked)
+
+
+@pytest.mark.parametrize("words", ["trainer.devices=3", "trainer.devices=8"])
+def test_ranks_that_cannot_share_a_training_s_batch_can_use_its_weights(words):
+    run = to_yaml(load_config(None, [*FOUR_SEQUENCES, "trainer.accumulate=2"]))
+    config = config_without_training(
+        lambda words: load_text(run, "saved", words, trains=False), Path("weights"), (words,)
+    )
+    assert f"trainer.devices={config.trainer.devices}" == words
+    with pytest.raises(ConfigError, match=r"data\.global_batch_size"):
+        load_text(run, "saved", [words])

@@ -23,10 +23,12 @@ from rich.console import Console
 from scmoe.command_line import call
 from scmoe.config.installation import scmoe
 from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load_config
 from scmoe.parallel.checkpoint.durable import process_start
 from scmoe.sweeps import trials
 from scmoe.sweeps.batch import BatchProgress, JobBatch
-from scmoe.sweeps.jobs import hold_lock
+from scmoe.sweeps.jobs import State, hold_lock
+from scmoe.sweeps.sweep_file import read
 from tests.support.commands import ROOT, Done
 from tests.support.toy_sweep import toy_job
 
@@ -224,3 +226,18 @@ def test_the_bar_of_a_sweep_without_an_end_shows_no_total():
         words = screen.file.getvalue().split()
         assert shown in words
         assert not any("None" in word for word in words)
+
+
+def test_a_trial_is_sent_to_the_sweep_s_project_and_entity_and_kept_in_its_folder(
+    monkeypatch, tmp_path
+):
+    folder = tmp_path / "set #1: all"
+    folder.mkdir()
+    monkeypatch.chdir(ROOT)
+    (folder / "s.yaml").write_text(yaml.safe_dump({**SWEEP, "project": "p", "entity": "team"}))
+    sweep = read(str(folder / "s.yaml"), [f'runs_dir="{folder}"'])
+    state = State(results={"number": 0, "parameters": {}})
+    words = [word for word in trials._job(sweep, state).arguments if "=" in word]
+    config = load_config("configs/debug.yaml", words)
+    assert (config.logger.project, config.logger.entity) == ("p", "team")
+    assert Path(config.runs_dir) == folder / "sweeps/s"

@@ -24,7 +24,7 @@ from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.training.assembly.model import build_model_on_meta, build_model_to_train
 from scmoe.weights.hf_config import hf_config
-from scmoe.weights.hf_folder import write_folder
+from scmoe.weights.hf_folder import evaluation_of, write_folder
 from tests.support.architectures import LATENT, LATENT_ATTENTION, overrides
 from tests.support.exports import write_checkpoint
 from tests.support.models import assert_close, tiny_model
@@ -410,6 +410,7 @@ def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path, mon
     monkeypatch.chdir(tmp_path / "hf")
     exec(code, names)  # it is run as it is, beside the card
     assert names["model"].config.model_type == kind and names["tokenizer"].eos_token_id is not None
+    assert "a perplexity of inf" in evaluation_of([{"val/loss": 1000.0, "step": 0.0}], 1)
     card.write_text("edited")
     write_folder(
         tmp_path / "step=3.ckpt",

@@ -21,6 +21,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
+from scmoe.config.untyped import guessed
 from scmoe.files import read_json, relative
 from scmoe.lightning.seam.loops import validation_is_left
 from scmoe.parallel.checkpoint.durable import (
@@ -208,9 +209,10 @@ def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> N
     runs no code."""
     kept = parse_yaml(text, source).get("callbacks")
     if kept and not named(overrides, "callbacks"):
+        again = " ".join(words((), guessed(kept)))
         raise ConfigError(
             f"{source}: callbacks is {show(kept)}, but the configuration in a run runs no callback;"
-            f" add {' '.join(words((), kept))} to the command, or callbacks={{}} to go on without"
+            f" add {again} to the command, or callbacks={{}} to go on without"
         )
 
 
