@@ -79,11 +79,16 @@ def write_durably(path: Path, text: str) -> None:
     sync(path)
 
 
-def write_whole(path: Path, values: Mapping[str, Any]) -> None:
+def write_whole(path: Path, values: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write JSON that must be there; create its folder if it is missing."""
+    write_text_whole(path, json.dumps(values, indent=indent) + "\n")
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text that is complete, or as it was before; create its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        write_durably(partial, json.dumps(values, indent=2) + "\n")
+        write_durably(partial, text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def equivalences(
     """Return the answer for each pair of rows, a later row minus an earlier one, with the looks.
 
     values: by seed, of each row in the table's order. ended: the seeds of each row, in order, whose
-    run has finished or failed, up to the first one that is still to run.
+    run has finished or failed for good, up to the first one that is still to run.
     """
     seeds = min(ended.values(), key=len, default=())
     reached = {look: seeds[:look] for look in decision.looks if look <= len(seeds)}

@@ -58,11 +58,17 @@ def results(table: PaperTable, scale: str, runs: Sequence[Run], command: str) ->
 
 
 def _ended(table: PaperTable, runs: Sequence[Run]) -> dict[str, list[int]]:
-    """Return the seeds of each row, in order, up to the first one whose run has not ended."""
+    """Return the seeds of each row, in order, up to the first one whose run has not ended. A run
+    that has failed once is tried again."""
+
+    def is_over(run: Run) -> bool:
+        state = run.state
+        return state.status == "finished" or (state.status == "failed" and state.failures > 1)
+
     ended = {}
     for row in table.rows:
         of_row = [run for run in runs if run.row is row]
-        over = takewhile(lambda run: run.state.status in ("finished", "failed"), of_row)
+        over = takewhile(is_over, of_row)
         ended[row.name] = [run.seed for run in over]
     return ended
 

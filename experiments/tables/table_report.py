@@ -9,7 +9,7 @@ from experiments.tables.table_chart import draw_equal_time, draw_table
 from experiments.tables.table_file import PaperTable
 from experiments.tables.table_page import markdown
 from experiments.tables.table_runs import Run
-from scmoe.files import write_whole
+from scmoe.files import write_text_whole, write_whole
 
 
 def write_report(table: PaperTable, scale: str, runs: Sequence[Run], command: str) -> list[Path]:
@@ -19,7 +19,7 @@ def write_report(table: PaperTable, scale: str, runs: Sequence[Run], command: st
     folder = runs[0].job.study
     content = results(table, scale, runs, command)
     write_whole(folder / "results.json", content)
-    (folder / "table.md").write_text(markdown(content), encoding="utf-8")
+    write_text_whole(folder / "table.md", markdown(content))
     draw_table(content, folder / "chart.png")
     names = ["table.md", "results.json", "chart.png"]
     if len(content["equal_time"]) > 1:  # a speed has been measured

@@ -27,7 +27,7 @@ from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load_config, sets
-from scmoe.files import read_json, write_whole
+from scmoe.files import read_json, write_text_whole, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
@@ -207,6 +207,8 @@ def refuse_to_overwrite(runs: Sequence[Run], to: Path) -> None:
                 f"--to is {to}, and {folder} has the run {path.stem}, which would be missing in its"
                 " new results. Give more --seeds or another folder"
             )
+        if not kept:
+            raise ConfigError(f"--to is {to}, but {path} is not whole. Remove it: it is made again")
         if kept.get("digest") != run.digest:
             raise ConfigError(
                 f"--to is {to}, and {folder} has results of another configuration, such as those of"
@@ -225,17 +227,12 @@ def save(runs: Sequence[Run], to: Path) -> Path:
     <to>/<table>-<scale>/."""
     study = runs[0].job.study
     folder = to / study.name
-    (folder / "states").mkdir(parents=True, exist_ok=True)
     results = json.loads((study / "results.json").read_text(encoding="utf-8"))
     for row in results["rows"]:
         row["run_dirs"] = []  # they stay on this machine
-    write_whole(folder / "results.json", results)
-    (folder / "table.md").write_text(
-        (study / "table.md").read_text(encoding="utf-8"), encoding="utf-8"
-    )
     for run in finished(runs):
         state = json.loads(run.job.state_file.read_text(encoding="utf-8")) | {"run_dir": None}
-        (folder / "states" / run.job.state_file.name).write_text(
-            json.dumps(state) + "\n", encoding="utf-8"
-        )
+        write_whole(folder / "states" / run.job.state_file.name, state, indent=None)
+    write_text_whole(folder / "table.md", (study / "table.md").read_text(encoding="utf-8"))
+    write_whole(folder / "results.json", results)
     return folder

@@ -53,8 +53,9 @@ class JobBatch:
         """Run the jobs whose status is in `again`, then the proposed ones. Return the signal that
         stopped it, or 0."""
         for begun in [job for job in self.jobs if job.state.status in again]:
+            newest = begun.run_dirs()[:1]  # an older one may have ended long ago
             if begun.state.status == "cut" and any(
-                (path / "summary.json").exists() for path in begun.run_dirs()
+                (path / "summary.json").exists() for path in newest
             ):
                 # it ended after the process that had started it was killed
                 self._settle(begun, code=0)
@@ -141,7 +142,7 @@ class JobBatch:
         elif code in STOPPED or asked:  # a launcher ends with a code of its own
             state.status = "cut"
         else:
-            state.status, state.error = "failed", f"exit code {code}: {last_line(job.log)}"
+            job.fail(f"exit code {code}: {last_line(job.log)}")
         job.keep()
 
 

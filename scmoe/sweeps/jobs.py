@@ -48,6 +48,7 @@ class State:
     seconds: float = 0.0  # of all its sessions
     done: float = 0.0  # share of its steps
     error: str | None = None
+    failures: int = 0  # how often it has failed
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -128,6 +129,7 @@ class StudyJob:
 
     def fail(self, why: str) -> None:
         self.state.status, self.state.error = "failed", why
+        self.state.failures += 1
 
     def keep(self) -> None:
         write_whole(self.state_file, asdict(self.state))

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ class Fakes:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.stamps = count(1)
         self.orders: dict[str, BaseException] = {}
 
     def __call__(self, verb: str, first: str, *words: str) -> int:
@@ -84,7 +86,7 @@ class Fakes:
 
     def begun(self, config: str, words: tuple[str, ...]) -> Path:
         own = dict(word.split("=", 1) for word in words)
-        run_dir = Path(own["runs_dir"], own["name"], f"stamp-{len(self.calls)}")
+        run_dir = Path(own["runs_dir"], own["name"], f"stamp-{next(self.stamps)}")
         run_dir.mkdir(parents=True)
         (run_dir / "config.yaml").write_text(to_yaml(load_config(config, words)))
         return run_dir
@@ -178,6 +180,20 @@ def test_what_a_killed_batch_and_a_config_with_fewer_keys_have_left_is_read_agai
         "steps count from 0; the last validation comes after the last step"
     )
     assert runs[1].state.results["digest"] == runs[1].digest
+
+
+def test_a_cut_run_is_resumed_beside_an_older_one_that_has_ended(fakes, tmp_path):
+    """As after an evaluation was lost with its weights: the run is trained again, and cut."""
+    run, *_ = plan(tmp_path)
+    made([run])
+    run.job.state = State()
+    run.job.keep()
+    fakes.orders["top-2-seed1"] = SystemExit(128 + signal.SIGINT)
+    made([run])
+    fakes.calls.clear()
+    assert statuses([run]) == ["cut"] and made([run]) == 0
+    assert fakes.calls == ["resume top-2-seed1"] and statuses([run]) == ["finished"]
+    assert run.state.run_dir == str(run.job.run_dirs()[0])
 
 
 def test_a_run_that_ends_without_its_metric_has_failed(fakes, tmp_path):

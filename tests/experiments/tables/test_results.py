@@ -1,11 +1,14 @@
 """A table's results have differences and decisions, also at equal time."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
 
+from experiments.tables.table_file import Decision
 from experiments.tables.table_page import markdown
+from scmoe.sweeps.jobs import State
 from tests.support.tables import (
     POS1,
     POS2,
@@ -120,3 +123,16 @@ def test_sizes_are_compared_with_their_own_baseline(tmp_path):
     assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)
     assert rows["DGMoE-Share Pos-2, S"]["paper"]["difference"] == pytest.approx(78.45 - 79.33)
     assert found["comparisons"] == 10
+
+
+def test_a_look_waits_for_a_run_that_has_failed_once(tmp_path):
+    """Decision 47: it is tried again, and only a second failure leaves its seed out."""
+    table, runs = planned_of("quality", tmp_path, 2)
+    table = replace(table, decision=Decision(0.01, (2,)))
+    for run in runs:
+        run.job.state = state_of(3.0 + run.seed / 10, run.digest)
+    runs[-1].job.state = State()
+    runs[-1].job.fail("no memory")
+    assert results_by_row(table, runs)[0]["decision"]["reached"] == []
+    runs[-1].job.fail("no memory")
+    assert results_by_row(table, runs)[0]["decision"]["reached"] == [2]

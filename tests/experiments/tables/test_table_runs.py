@@ -1,5 +1,6 @@
 """Runs of a table differ only in their model, and their results are kept."""
 
+import errno
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from experiments.tables.table_runs import (
     same_config,
     save,
 )
+from scmoe import files
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
@@ -139,7 +141,11 @@ def test_results_and_states_of_finished_runs_are_copied(tmp_path):
     assert [state["run_dir"] for state in states] == [None] * 3, "directories stay on this machine"
 
 
-def test_results_of_other_runs_are_not_overwritten(tmp_path):
+def full_disk(path: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_results_of_other_runs_are_not_overwritten(tmp_path, monkeypatch):
     to = tmp_path / "results"
 
     def plan(home: str, seeds: int, *overrides: str) -> list[Run]:
@@ -169,7 +175,18 @@ def test_results_of_other_runs_are_not_overwritten(tmp_path):
     shutil.copytree(to / "table4-smoke/states", elsewhere / "states")
     read_states(more := plan("elsewhere", 3))
     assert len(finished(more)) == len(runs), "the runs of two seeds are not made again"
-    make(plan("here", 3), 3.0)
+    make(three := plan("here", 3), 3.0)
+    before = {path.name: path.read_text() for path in (to / "table4-smoke/states").iterdir()}
+    (three[0].job.study / "results.json").write_text('{"rows": [], "later": true}')
+    monkeypatch.setattr(files, "sync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(three, to)
+    for path in (to / "table4-smoke/states").iterdir():
+        assert path.read_text() == before[path.name]
+    assert "later" not in (to / "table4-smoke/results.json").read_text()
+    (to / "table4-smoke/states" / next(iter(before))).write_text("{")
+    with pytest.raises(ConfigError, match=r"is not whole\. Remove it"):
+        plan("here", 3)
     assert len([*(to / "table4-smoke/states").iterdir()]) == len(more)
 
 
