@@ -50,8 +50,7 @@ flight give most of the gain without another model. With 512 tokens a rank or fe
 slower than top-2's best ([by share and by tokens](docs/results/two-batches.md)).
 3. **Over a shared expert with two batches in flight: not shown,** {other[0]:.2f} to \
 {other[1]:.2f} with quartiles from {quartiles[0]:.2f} to {quartiles[1]:.2f}. At a share of \
-{large_share:.2f} Pos-2 with one batch is slower: {at_large_share[train]:.2f} in training, \
-{at_large_share[forward]:.2f} in inference.
+{large_share:.2f} Pos-2 with one batch infers slower: {at_large_share[forward]:.2f}.
 4. **With one long sequence a rank: yes.** With {one[tokens]:,} tokens Pos-3 \
 gains {one[train]} in training and {one[forward]} in inference (another day: 1.12 and 1.19) over \
 the best row without a shortcut, a shared expert in chunks \
@@ -98,12 +97,13 @@ registered training at width {widest.width} in place of 64, with rates that were
 it is {widest.text} ([trend](trend.md)).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
 trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). It also loses with few \
-tokens a rank and, to a shared expert with two batches, at a large share: line 2.
+tokens a rank (line 2) and, in inference at a large share, to a shared expert with two batches \
+([numbers](two-batches.md)).
 5. **Not measured:** any GPU, NCCL, two machines, the paper's sizes ([list](#not-run-yet)).
 
 Speeds are medians with quartiles over the rounds of one run a bench. Losses are means with \
-intervals of 95 %, joint in each table below; line 3's first three have the levels of the \
-tests that decided.
+intervals of 95 %, joint in each table below but for the trend; line 3's first three have the \
+levels of the tests that decided.
 """
 
 

@@ -40,7 +40,8 @@ class TrendPoint:
     """The difference of two rows at a width.
 
     flops: of a training. variance: of the difference of means. degrees: of freedom, of both rows'
-    variances. low, high: Welch's interval of 95 % of the difference.
+    variances. welch: those of the difference, as the rows' variances differ. low, high: Welch's
+    interval of 95 % of the difference.
     """
 
     width: int
@@ -48,6 +49,7 @@ class TrendPoint:
     difference: float
     variance: float
     degrees: int
+    welch: float
     low: float
     high: float
 
@@ -58,12 +60,19 @@ class TrendPoint:
 
 @dataclass(frozen=True)
 class Slope:
-    """Of a difference in loss, in nats for ten times the compute. low, high: its interval of
-    95 %."""
+    """Of a difference in loss, in nats for ten times the compute. low, high: its interval of 95 %,
+    as registered.
+
+    wider: the interval with Satterthwaite's degrees of freedom, as variances differ from width to
+    width. p_of_line: how likely points as far from the line are where a line is right; None: two
+    points, through which a line always goes.
+    """
 
     mean: float
     low: float
     high: float
+    wider: tuple[float, float]
+    p_of_line: float | None
 
     @property
     def text(self) -> str:
@@ -115,6 +124,7 @@ def point_of(width: int, table: Mapping[str, Any], row: str, baseline: str) -> T
         difference=fmean(compared) - fmean(with_it),
         variance=variance_of_mean(compared) + variance_of_mean(with_it),
         degrees=len(compared) + len(with_it) - 2,
+        welch=float(test.df),
         low=float(interval.low),
         high=float(interval.high),
     )
@@ -135,10 +145,35 @@ def slope_of(points: Sequence[TrendPoint]) -> Slope:
     places = [math.log10(point.flops) for point in points]
     differences = [point.difference for point in points]
     weights = [point.variance**-0.5 for point in points]  # polyfit squares them
-    (mean, _), covariance = np.polyfit(places, differences, 1, w=weights, cov="unscaled")
-    degrees = sum(point.degrees for point in points)
-    reach = float(stats.t.ppf(1 - ALPHA / 2, degrees)) * math.sqrt(covariance[0, 0])
-    return Slope(float(mean), float(mean) - reach, float(mean) + reach)
+    (mean, at_0), covariance = np.polyfit(places, differences, 1, w=weights, cov="unscaled")
+    deviation = math.sqrt(covariance[0, 0])
+
+    def interval(degrees: float) -> tuple[float, float]:
+        reach = float(stats.t.ppf(1 - ALPHA / 2, degrees)) * deviation
+        return float(mean) - reach, float(mean) + reach
+
+    from_line = [
+        (point.difference - mean * place - at_0) ** 2 / point.variance
+        for point, place in zip(points, places, strict=True)
+    ]
+    more = len(points) - 2  # points than a line needs
+    return Slope(
+        float(mean),
+        *interval(sum(point.degrees for point in points)),
+        wider=interval(degrees_of_slope(points)),
+        p_of_line=float(stats.chi2.sf(sum(from_line), more)) if more else None,
+    )
+
+
+def degrees_of_slope(points: Sequence[TrendPoint]) -> float:
+    """Return the degrees of freedom of a slope's variance (Satterthwaite 1946), which is a sum of
+    the points' variances."""
+    places = [math.log10(point.flops) for point in points]
+    weights = [1 / point.variance for point in points]
+    middle = sum(w * x for w, x in zip(weights, places, strict=True)) / sum(weights)
+    parts = [w * (x - middle) ** 2 for w, x in zip(weights, places, strict=True)]
+    each = zip(parts, points, strict=True)
+    return sum(parts) ** 2 / sum(part**2 / point.welch for part, point in each)
 
 
 def with_interval(mean: float, low: float, high: float) -> str:
@@ -150,15 +185,22 @@ def tables(trends: Mapping[str, Trend]) -> list[Report]:
     rows: dict[str, dict[str, str]] = {}
     columns = {}
     for words, trend in trends.items():
-        rows[words] = {"slope": trend.slope.text}
+        slope = trend.slope
+        of_line = "-" if slope.p_of_line is None else f"{slope.p_of_line:.2g}"
+        wider = "[{:+.3f}, {:+.3f}]".format(*slope.wider)
+        rows[words] = {"slope": slope.text, "wider": wider, "of_line": of_line}
         for point in trend.points:
             name = f"width {point.width}"
             columns[name] = f"{{{name}}}"
             rows[words][name] = point.text
-    columns["slope"] = "{slope}"
+    columns |= {
+        "slope, as registered": "{slope}",
+        "with Satterthwaite's degrees of freedom": "{wider}",
+        "p of a line": "{of_line}",
+    }
     title = (
         "Differences in loss in nats per token; the slope is for ten times the compute. Intervals"
-        " of 95 %."
+        " of 95 %, each alone. A low p of a line says that the points are on no line."
     )
     return [Report(title, rows, columns, "rows")]
 

@@ -272,6 +272,8 @@ def _equal_time(results: Results) -> list[str]:
         for share in shares
     ]
     names = list(shares["equal_tokens"]["rows"])
+    rows = shares["equal_tokens"]["rows"].values()
+    compared = sum(row["minus_baseline"] is not None for row in rows)
     cells = [[name, *(cell(column["rows"][name]) for column in shares.values())] for name in names]
     lines = [
         "",
@@ -281,7 +283,8 @@ def _equal_time(results: Results) -> list[str]:
             "Validation loss when the fastest row ends, by the training speed-ups of"
             f" {_step_of_speeds(results)}. {_way_of_speeds(shares)} A slower row is read off its"
             " own curve at the step in brackets, before its learning rate has decayed. Then follow"
-            " the difference to the baseline and the corrected p, which takes speeds as exact"
+            f" the difference to the baseline and p, corrected for the {compared} differences of a"
+            " column, which takes speeds as exact"
             f"{_spread_of_speeds(shares)}."
         ),
     ]

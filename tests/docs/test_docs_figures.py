@@ -51,7 +51,7 @@ def test_the_words_of_readmes_answers_are_true(facts):
     assert same_model == {"top2_two"} and facts["same"][0] > 1.05
     assert other_models == {"shared_expert_two"} and low < 1 < high
     assert facts["rows_over_gradients"] < 1 and facts["few_tokens"] < 0.95
-    assert facts["large_share"] > 0.6 and max(facts["at_large_share"].values()) < 1
+    assert facts["large_share"] > 0.6 and facts["at_large_share"]["forward"] < 0.9
     for report in two_batches.read_reports(ROOT / PAGES, HEADLINE):
         if report["tokens"] <= 512:
             gain = report["rows"]["scmoe_pos2"]["over_best_without_another_model"]
@@ -127,11 +127,11 @@ def test_whole_trainings_of_one_sequence_are_as_their_report_says():
 
 
 def test_prefill_of_one_prompt_is_as_its_report_says():
-    """The page has the best way of a shared expert, Pos-2 and Pos-3."""
+    """The page has the usual way of a shared expert, Pos-2 and Pos-3: one chunk."""
     report = readme.read(ROOT / PAGES / "inference-2-ranks-share-0.52-prompt-3072.json")
     rows = [report["rows"][row]["prefill"] for row in ONE_SEQUENCE]
-    best = ", ".join(f"{max(row['ways'].values()):.2f}" for row in rows)
-    assert best in (ROOT / RESULTS / "one-sequence.md").read_text(encoding="utf-8")
+    usual = ", ".join(f"{row['speedup']:.2f}" for row in rows)
+    assert usual in (ROOT / RESULTS / "one-sequence.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_the_registered_experiment_has_readmes_intervals(facts):

@@ -45,7 +45,7 @@ def test_a_point_has_the_difference_of_means_its_variance_and_the_compute():
 
 def at(place: float, difference: float, variance: float) -> TrendPoint:
     low, high = difference - 0.01, difference + 0.01
-    return TrendPoint(64, 10.0**place, difference, variance, 10, low, high)
+    return TrendPoint(64, 10.0**place, difference, variance, 10, 10.0, low, high)
 
 
 def test_the_slope_is_that_of_weighted_least_squares():
@@ -62,6 +62,17 @@ def test_the_slope_is_that_of_weighted_least_squares():
     assert on_the_line.mean - on_the_line.low == pytest.approx(reach, rel=1e-6)
 
 
+def test_points_that_are_on_no_line_are_named_and_their_degrees_are_those_of_the_few_seeds():
+    """Of three points 1 apart with equal variances the outer two make the slope's variance."""
+    line = slope_of([at(place, 0.05 * place, 1e-4) for place in (1, 2, 3)])
+    assert line.p_of_line == pytest.approx(1.0)
+    assert line.wider[1] - line.mean == pytest.approx(2.085963 * math.sqrt(1e-4 / 2))  # t of 20
+    bent = slope_of([at(place, gain, 1e-4) for place, gain in ((1, 0.0), (2, 0.1), (3, 0.0))])
+    # from the line by -1, 2 and -1 thirds of 0.1: chi squared is 0.06 / 9 / 1e-4, of one degree
+    assert bent.p_of_line == pytest.approx(math.erfc(math.sqrt(0.06 / 9 / 1e-4 / 2)))
+    assert slope_of([at(1, 0.0, 1e-4), at(2, 0.1, 1e-4)]).p_of_line is None
+
+
 def test_a_width_without_results_is_left_out_and_one_width_has_no_slope(tmp_path):
     for width, gain in ((32, 0.1), (64, 0.2)):
         path = tmp_path / WIDTH_RESULTS[width] / "results.json"
@@ -70,7 +81,7 @@ def test_a_width_without_results_is_left_out_and_one_width_has_no_slope(tmp_path
         path.write_text(json.dumps(results(width, losses)))
     trends = read_trends(tmp_path)
     (table,) = tables(trends)
-    assert [*table.columns] == ["width 32", "width 64", "slope"]
+    assert [*table.columns][:3] == ["width 32", "width 64", "slope, as registered"]
     first, _ = table.cells()
     assert first[0] == "Pos-2 minus top-2" and first[1].startswith("+0.100 [")
     assert trends["Pos-2 minus top-2"].slope.mean == pytest.approx(0.1 / math.log10(2))
