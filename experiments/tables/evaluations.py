@@ -7,12 +7,14 @@ complete without the run's weights.
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from experiments.tables.table_file import PaperTable, Scale
 from experiments.tables.table_runs import Run, look_up
 from scmoe.config import registry
+from scmoe.config.leaves import ConfigError
 from scmoe.files import read_json
 from scmoe.sweeps.jobs import State, StudyJob
 
@@ -35,6 +37,17 @@ class Evaluations:
         kept = state.results
         by_another = bool(self.needed) and kept.get("evaluated_by") != self.words
         return by_another or bool(missing(self.needed, kept.get("evaluation")))
+
+    def check_data(self, runs: Sequence[Run]) -> None:
+        """Raise ConfigError if a run is to be evaluated on data that is not here: it would be known
+        after the first training only."""
+        places = [word for option, word in pairwise(self.words) if option in ("--data", "--text")]
+        gone = [place for place in places if not Path(place).exists()]
+        if gone and any(self.lacking(run.state) for run in runs):
+            raise ConfigError(
+                f"evaluate is {' '.join(self.words)}, but there is no {' and no '.join(gone)}. Put"
+                " the data there (docs/sweep.md#run-a-table-of-the-paper), or take another SCALE"
+            )
 
     def can_use(self, state: State) -> bool:
         """Return whether a finished run lacks nothing, or has its weights on this machine, so that

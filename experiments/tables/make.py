@@ -46,6 +46,7 @@ def make_table(plan: TablePlan) -> TableOutcome:
     speeds: list[StudyJob] = []
     with hold_lock(plan.folder) as lock:
         read_usable_states(runs, evaluations)
+        evaluations.check_data(runs)
         signal = make_runs(runs, lock, plan.jobs, table.summary_keys, evaluations)
         if not signal:
             speeds, signal = measure_speeds(table, plan.scale, plan.folder, lock)

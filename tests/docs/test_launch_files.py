@@ -53,7 +53,9 @@ def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
         "interactive",
     )
     program = words.index("train")
-    assert words[:program] == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m", "scmoe"]
+    waiting = ["--kill-on-bad-exit=0", "--wait=120"]  # rank 0 closes loggers after the others
+    assert words[:program] == [*waiting, ".venv/bin/python", "-m", "scmoe"]
+    assert "#SBATCH --no-requeue\n" in BATCH_FILE.read_text()
     trainer = config_of(words[program + 1 :]).trainer
     assert [str(n) for n in (trainer.devices, trainer.num_nodes, trainer.threads)] == [
         *(options["NTASKS_PER_NODE"], options["NODES"], options["CPUS_PER_TASK"])

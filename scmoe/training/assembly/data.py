@@ -6,7 +6,7 @@ its name.
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from scmoe.datamodules.sequences import SyntheticDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.parallel.checkpoint.state import META
 
 register_dataset = DATASETS.register
+TOKENIZER_FILE = "tokenizer.json"  # of a folder of Hugging Face
 
 
 def prepare_data(
@@ -30,7 +32,8 @@ def prepare_data(
     """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot
     be used.
 
-    weights: a checkpoint or an export that reads it. warn: say that files are skipped.
+    weights: a checkpoint, an export or a folder of Hugging Face that reads it. warn: say that files
+    are skipped.
     """
     with errors_in_one_line():
         data.prepare_data()
@@ -143,10 +146,13 @@ def check_tokenizer(data: TextDataModule, weights: Path) -> None:
     A text that has changed makes another `bpe`.
     """
     if kept_tokenizer(weights) not in (None, data.tokenizer.digest):
+        own = weights / TOKENIZER_FILE
+        remedy = "the text of the training, or the tokenizer.json made from it"
+        if own.exists():
+            remedy = f"data.tokenizer={own}"
         raise ConfigError(
             f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give another tokenizer"
-            " than in training, so token ids would mean other words. Use the text of the training,"
-            " or the tokenizer.json made from it."
+            f" than in training, so token ids would mean other words. Use {remedy}."
         )
 
 
@@ -159,10 +165,14 @@ def kept_data(data: PositionedDataModule, weights: Path) -> Any:
 
 
 def kept_tokenizer(weights: Path) -> str | None:
-    """Return the digest of the tokenizer with which a checkpoint or an export was trained; None: it
-    has none."""
+    """Return the digest of the tokenizer with which a checkpoint or an export was trained, or that
+    a folder of Hugging Face has; None: it has none."""
+    if (weights / TOKENIZER_FILE).exists():
+        with suppress(ValueError):  # one that no data of ours can have says nothing of its ids
+            return Tokenizer.load(weights / TOKENIZER_FILE).digest
     if weights.is_dir():
-        return read_meta(weights).get(TextDataModule.__qualname__, {}).get("tokenizer")
+        meta = read_meta(weights) if any(weights.glob(f"*{META}")) else {}
+        return meta.get(TextDataModule.__qualname__, {}).get("tokenizer")
     from scmoe.parallel.checkpoint.export import read_header
 
     return read_header(weights).get("tokenizer")

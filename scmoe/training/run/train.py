@@ -91,7 +91,7 @@ def prepare(config: Config, model: Any, data: PositionedDataModule) -> None:
     kind, _, path = (config.init_from or "").partition(":")
     if kind:
         initial_weights(config, model)  # its checks, before data is prepared
-    prepare_data(data, Path(path) if kind == "scmoe" else None)
+    prepare_data(data, Path(path) if kind else None)
     for text in doubts(config, data):
         warn_once(text)
 

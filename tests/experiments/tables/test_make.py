@@ -306,6 +306,18 @@ def test_an_evaluation_is_kept_until_another_command_is_asked_for(evaluated, fak
     assert (again.name, again.state.status) == (jobs[1].name, "finished")
 
 
+def test_an_evaluation_of_data_that_is_not_here_is_refused_before_a_training(evaluated, tmp_path):
+    runs, _ = evaluated
+    text = tmp_path / "text.txt"
+    evaluations = Evaluations(
+        TABLE7, replace(TABLE7.scales["smoke"], evaluate=("--text", str(text)))
+    )
+    with pytest.raises(ConfigError, match=r"there is no .*text\.txt"):
+        evaluations.check_data(runs)
+    text.touch()
+    evaluations.check_data(runs)
+
+
 def test_an_evaluation_without_its_metric_has_failed(evaluated):
     """Without a text the fake one finds nothing."""
     (error,) = {job.state.error for job in evaluated[1]()}

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 from scmoe.command_line import call
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_config
 from scmoe.datamodules.documents import text
 from scmoe.datamodules.positioned import IGNORE
-from scmoe.training.assembly.data import build_datamodule
+from scmoe.datamodules.tokenizer import make_tokenizer
+from scmoe.training.assembly.data import build_datamodule, prepare_data
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 
@@ -217,3 +219,22 @@ def test_a_text_of_long_lines_is_cut_inside_a_line(files, tmp_path):
     assert "".join(parts[split] for split in ("train", "val", "test")) == whole
     for split in ("val", "test"):
         assert 0.02 * len(whole) < len(parts[split]) < 0.08 * len(whole)
+
+
+def test_weights_of_hugging_face_are_read_with_their_own_tokenizer(tmp_path):
+    """Ids of another one would mean other words."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    make_tokenizer("bpe", 300, ["another text, with other pairs of letters. "]).save(
+        folder / "tokenizer.json"
+    )
+
+    def prepared(*words: str) -> None:
+        words = ("data.vocab_size=300", f"data.cache_dir={tmp_path}", *words)
+        prepare_data(build_datamodule(load_config(None, ["data.name=sotu", *words])), folder)
+
+    with pytest.raises(ConfigError, match=r"Use data\.tokenizer=.*hf/tokenizer\.json"):
+        prepared()
+    prepared(f"data.tokenizer={folder / 'tokenizer.json'}")
+    (folder / "tokenizer.json").write_text("{}")
+    prepared()
