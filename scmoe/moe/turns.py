@@ -28,6 +28,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from scmoe.moe.operators import range_of_profile
 
+CUDA_STREAM = "torch.cuda.stream"  # None until something uses a GPU
 DEVICES = ("cpu", "cuda")  # for which autocast is on or off
 ATTENTION_KERNELS = (  # of attention
     torch.backends.cuda.flash_sdp_enabled,
@@ -48,7 +49,8 @@ class Turns:
         """Raise RuntimeError if this batch has entered one of torch's modes and not left it, or
         has changed a setting."""
         for mode, value in _modes().items():
-            if value != self.modes[mode]:
+            began_without = mode == CUDA_STREAM and self.modes[mode] is None
+            if value != self.modes[mode] and not began_without:
                 raise RuntimeError(
                     f"With several batches in flight, {mode} is open while a block waits for its"
                     " rows, and the other batch would run in it. Leave it before the MoE module"
@@ -129,7 +131,7 @@ def _modes() -> dict[str, Any]:
         "torch.utils.checkpoint or another user of saved_tensors_hooks": _has_hooks(),
         "torch.set_default_dtype": torch.get_default_dtype(),
         "torch.nn.attention.sdpa_kernel": [is_enabled() for is_enabled in ATTENTION_KERNELS],
-        "torch.cuda.stream": _cuda_stream(),
+        CUDA_STREAM: _cuda_stream(),
     }
 
 

@@ -26,7 +26,7 @@ from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weig
 from scmoe.report import say
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.assembly.rank_job import cpu_threads
-from scmoe.training.run.machine import has_gpus
+from scmoe.training.run.machine import has_gpus, set_deterministic
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint
 from scmoe.weights.families import READERS
 from scmoe.weights.hf_config import OUR_MODEL_TYPE, dropless, our_config
@@ -128,7 +128,7 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
     folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
     path = folder / f"{source.name}.experts.safetensors"
     torch.set_num_threads(cpu_threads(config))
-    torch.use_deterministic_algorithms(config.trainer.deterministic)
+    set_deterministic(config.trainer.deterministic)
     device = torch.device("cuda" if has_gpus(config) else "cpu")
     try:
         if not path.exists():

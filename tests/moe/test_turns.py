@@ -118,3 +118,14 @@ def test_a_mode_that_is_open_over_a_pause_is_refused_by_its_name(name, monkeypat
     with pytest.raises(RuntimeError, match=name):
         in_turns([waits, enters])
     assert in_turns([waits, waits]) == [None, None]
+
+
+def test_a_gpu_that_is_first_used_while_a_batch_waits_is_no_open_stream(monkeypatch):
+    """Another thread may use it first."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the usual one")
+
+    def waits():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        pass_turn()
+
+    assert in_turns([waits, waits]) == [None, None]

@@ -81,7 +81,8 @@ class PinnedCopies:
         expert = self.pinned[key]
         with torch.cuda.stream(self.stream):
             slot[: expert.numel()].copy_(expert, non_blocking=True)
-        return self.stream.record_event().wait
+        copied = self.stream.record_event()
+        return lambda: torch.cuda.current_stream(self.device).wait_event(copied)
 
     def close(self) -> None:
         self.stream.synchronize()

@@ -274,6 +274,8 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
+        # Tensors are on the host already. Else torch would wait here for the stream of training.
+        self.per_thread_copy_ahead = 0
         self.folder = folder
         self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.fingerprints: dict[str, Fingerprint] = {}

@@ -101,7 +101,9 @@ class ExpertGradientReducer:
     def _finish(self) -> None:
         while len(self.launched) < len(self.buckets):
             self._launch(len(self.launched))
-        for work, flat, bucket in self.launched:
+        self.launched.reverse()
+        while self.launched:  # each flat bucket is let go once it is read
+            work, flat, bucket = self.launched.pop()
             work.wait()
             flat /= self.mesh.edp_size
             *means, uses = flat.split([*(p.numel() for p in bucket), len(bucket)])

@@ -61,10 +61,13 @@ def all_to_all(group: Any) -> Exchange:
     It is point to point with gloo, one collective with other backends. On CUDA it runs on the
     group's own stream, which starts when the rows are there; `wait` makes the current stream wait,
     not the host. A caller that keeps both buffers until then need not record them on that stream.
+    The exchange raises ValueError for rows on a GPU with gloo, whose threads know no stream.
     """
     gloo = dist.get_backend(group) == "gloo"
 
     def exchange(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
+        if gloo and rows.is_cuda:
+            raise ValueError("the group's backend is gloo, allowed for rows on a GPU: nccl")
         sent = [] if traffic is None else list(traffic.sent)
         received = [] if traffic is None else list(traffic.received)
         target = buffer_for(rows, traffic)

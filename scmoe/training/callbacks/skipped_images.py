@@ -20,7 +20,8 @@ class SkippedImages(Callback):
 
     def total(self, module: Any) -> int:
         """Return the sum over all ranks. Every rank must call it."""
-        return int(module.wire.mesh.sum_over_ranks(self.of_rank))
+        count = self.of_rank.to(module.device)  # a resumed count is on the host
+        return int(module.wire.mesh.sum_over_ranks(count))
 
     def count(self, batch: dict[str, Tensor]) -> None:
         """Add the images of a batch that could not be read."""

@@ -1,7 +1,7 @@
 """Checks of a configuration against this machine, before data is prepared and processes start.
 
 What is the same on every machine is checked in config/rules.py. `keep_freed_memory` sets how this
-process uses memory.
+process uses memory, `set_deterministic` with which algorithms it computes.
 """
 
 import ctypes
@@ -213,6 +213,14 @@ def _free_bytes() -> float:
         return machine_memory()
     lines = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
     return float(lines["MemAvailable"].split()[0]) * 1024
+
+
+def set_deterministic(is_wanted: bool) -> None:
+    """Let torch use deterministic algorithms only, as Lightning's Trainer does; cuBLAS needs a
+    variable for them."""
+    if is_wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(is_wanted)
 
 
 def keep_freed_memory() -> bool:

@@ -12,11 +12,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from experiments.engine.ranks import run_ranks
-from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint import durable, saving
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.training.assembly.data import build_datamodule
@@ -171,3 +173,16 @@ def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
             read["loading"] for read in ranks
         ), "each file once"
         assert durable.verify(tmp_path / name) == OLD
+
+
+def test_a_writer_does_not_wait_for_the_stream_of_training(tmp_path, monkeypatch):
+    """Where there is a GPU, torch would copy from it through a loader that waits for its stream."""
+
+    def overlapping(*_, **__):
+        raise AssertionError("torch reads tensors as if they were on the GPU")
+
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", overlapping)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    writer = saving._ShardWriter(tmp_path)
+    dcp.save({"weight": torch.ones(4)}, storage_writer=writer, no_dist=True)
+    assert [*tmp_path.glob("*.safetensors")]

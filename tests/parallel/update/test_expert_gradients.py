@@ -55,12 +55,13 @@ def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch
             module = torch.nn.ModuleList(MoE(16, 4, ffn_dim=32, group=Wire(mesh)) for _ in range(2))
             module[0].experts.requires_grad_(not frozen)
             shards = [p for _, p in expert_parameters(module)]
-            ExpertGradientReducer(shards, mesh)
+            reducer = ExpertGradientReducer(shards, mesh)
             of_steps: list[torch.Tensor | None] = []
             for _ in range(2):
                 x = torch.randn(8, 16, generator=torch.Generator().manual_seed(rank))
                 sum(moe(x)[0].square().mean() for moe in module).backward()
                 of_steps += [None if p.grad is None else p.grad.clone() for p in shards]
+                assert not getattr(reducer, "launched", []), "a second copy of all gradients"
                 module.requires_grad_().zero_grad()
             found[ep_size, frozen] = of_steps
     return found

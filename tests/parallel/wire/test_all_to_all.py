@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -233,3 +234,11 @@ def differentiated_twice(rank: int, world_size: int) -> str:
 def test_a_second_derivative_through_a_transfer_is_an_error():
     """Without it the part of the experts would be left out in silence."""
     assert all("once_differentiable" in said for said in run_ranks(differentiated_twice, 2))
+
+
+def test_rows_on_a_gpu_are_refused_by_a_group_of_gloo():
+    with patch.object(dist, "get_backend", return_value="gloo"):
+        exchange = all_to_all(None)
+    rows: Any = SimpleNamespace(is_cuda=True)
+    with pytest.raises(ValueError, match="backend is gloo, allowed for rows on a GPU: nccl"):
+        exchange(rows, None)

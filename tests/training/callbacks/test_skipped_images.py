@@ -53,3 +53,16 @@ def test_batches_of_an_extension_need_not_say_what_was_skipped():
     counted = SkippedImages()
     counted.count({"images": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2, 5)})
     assert int(counted.of_rank) == 0
+
+
+def test_a_resumed_count_is_summed_where_the_ranks_can_sum_it():
+    """NCCL sums nothing on the host. Here the device is torch's that holds no numbers."""
+    devices = []
+
+    def sum_over_ranks(count):
+        devices.append(count.device.type)
+        return torch.tensor(5)
+
+    mesh = SimpleNamespace(sum_over_ranks=sum_over_ranks)
+    module = SimpleNamespace(device=torch.device("meta"), wire=SimpleNamespace(mesh=mesh))
+    assert SkippedImages().total(module) == 5 and devices == ["meta"]

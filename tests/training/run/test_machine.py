@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import DistNetworkError
 
 from scmoe.command_line import call
@@ -18,7 +19,7 @@ from scmoe.parallel import container_memory
 from scmoe.training.assembly.rank_job import cpu_threads
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.run import machine
-from scmoe.training.run.machine import is_rank_zero
+from scmoe.training.run.machine import is_rank_zero, set_deterministic
 from scmoe.training.run.train import checked_model
 from scmoe.training.run.wandb_logger import wandb_mode
 from tests.support.commands import called
@@ -289,3 +290,16 @@ def test_what_lightning_raises_for_an_argument_is_one_line():
         config = load_config("debug", [f"trainer.extra.{word}", "trainer.deterministic=false"])
         with pytest.raises(ConfigError, match=r"does not take trainer\.extra"):
             build_trainer(config, [], [])
+
+
+def test_deterministic_algorithms_have_the_variable_that_cublas_needs(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_deterministic(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    try:
+        set_deterministic(True)
+        assert (
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] and torch.are_deterministic_algorithms_enabled()
+        )
+    finally:
+        set_deterministic(False)
