@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.optim import Optimizer
 
@@ -105,7 +106,7 @@ class Saving:
             self.writer = _ShardWriter(self.draft.folder)
             save = dcp.async_save if background else dcp.save
             writing = save(
-                tensors,
+                written_here(tensors, mesh),
                 storage_writer=self.writer,
                 # The lowest rank that has a tensor saves it. Copies may differ: running statistics,
                 # or weights that a callback unfreezes, whose gradients DDP does not sum.
@@ -165,6 +166,24 @@ class Saving:
         except Exception:
             self.draft.discard()
             raise
+
+
+def written_here(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """Return the tensors that this rank writes, or a slice of them: of what is whole on several
+    ranks, those that no lower rank has.
+
+    Every rank must call it. Without it each rank would copy all of them to its host before
+    `async_save` leaves them to the lowest one.
+    """
+    whole = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
+    of_ranks: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(of_ranks, whole, group=mesh.control_group)
+    of_lower = {name for names in of_ranks[: mesh.rank] for name in names}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, DTensor) or name not in of_lower
+    }
 
 
 class Checkpoints:

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable, saving
@@ -186,3 +187,25 @@ def test_a_writer_does_not_wait_for_the_stream_of_training(tmp_path, monkeypatch
     writer = saving._ShardWriter(tmp_path)
     dcp.save({"weight": torch.ones(4)}, storage_writer=writer, no_dist=True)
     assert [*tmp_path.glob("*.safetensors")]
+
+
+def names_to_copy(rank: int, world_size: int, folder: Path) -> dict[str, set[str]]:
+    """Return the names of what `async_save` gets on this rank: whole tensors, and slices."""
+    trainer = tiny_run.one_step(world_size, folder)
+    names: dict[str, set[str]] = {"whole": set(), "slices": set()}
+    async_save = dcp.async_save
+
+    def noted(tensors: dict[str, torch.Tensor], **options: Any) -> Any:
+        for name, tensor in tensors.items():
+            names["slices" if isinstance(tensor, DTensor) else "whole"].add(name)
+        return async_save(tensors, **options)
+
+    with patch.object(dcp, "async_save", noted):
+        tiny_run.save_marked(trainer, folder / "checkpoints" / LAST, OLD, background=True)
+    return names
+
+
+def test_a_rank_copies_no_whole_tensor_that_a_lower_rank_writes(tmp_path):
+    first, second = run_ranks(names_to_copy, 2, tmp_path)
+    assert not first["whole"] & second["whole"] and len(first["whole"]) > len(second["whole"])
+    assert first["slices"] and first["slices"] == second["slices"]
